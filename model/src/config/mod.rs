@@ -1,0 +1,120 @@
+//! The configuration of a model in mlac's own terms, read from `config.json` or from GGUF metadata.
+
+use std::collections::BTreeMap;
+
+use crate::rope::RopeSpec;
+
+/// Which family of models the weights belong to; decides tensor names and biases.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Architecture {
+    /// `model_type` "llama" (SmolLM2 too).
+    Llama,
+    /// `model_type` "mistral".
+    Mistral,
+    /// `model_type` "qwen2": biases on q, k, v.
+    Qwen2,
+    /// `model_type` "qwen3": per-head RMS norm on q and k before RoPE.
+    Qwen3,
+}
+
+/// A decoder-only language model with grouped-query attention, or its MLA form.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelConfig {
+    /// The family.
+    pub architecture: Architecture,
+    /// Width of the residual stream.
+    pub hidden_size: usize,
+    /// Width of the gated MLP.
+    pub intermediate_size: usize,
+    /// Decoder layers.
+    pub num_hidden_layers: usize,
+    /// Query heads, H.
+    pub num_attention_heads: usize,
+    /// KV heads, G; divides H.
+    pub num_key_value_heads: usize,
+    /// Size of one head, d (even).
+    pub head_dim: usize,
+    /// Rows of the embedding.
+    pub vocab_size: usize,
+    /// Longest context the configuration promises, in tokens.
+    pub max_position_embeddings: usize,
+    /// Epsilon of every RMS norm.
+    pub rms_norm_eps: f64,
+    /// Rotary embedding of the layers that are not converted.
+    pub rope: RopeSpec,
+    /// Whether `lm_head` is the embedding.
+    pub tie_word_embeddings: bool,
+    /// Whether q, k and v projections have biases.
+    pub qkv_bias: bool,
+    /// Whether the output projection has a bias.
+    pub o_bias: bool,
+    /// Whether the three MLP projections have biases.
+    pub mlp_bias: bool,
+    /// Whether q and k pass a per-head RMS norm before RoPE (Qwen3).
+    pub qk_norm: bool,
+    /// For each layer the number of positions a query sees, itself included; `None`: all.
+    pub sliding_window: Vec<Option<usize>>,
+    /// Tokens that end a generation.
+    pub eos_token_ids: Vec<u32>,
+    /// The layers that have MLA form, if any.
+    pub mla: Option<MlaConfig>,
+}
+
+/// The MLA form of a converted model.
+#[derive(Debug, Clone, PartialEq)]
+pub struct MlaConfig {
+    /// Converted layers by index.
+    pub layers: BTreeMap<usize, MlaLayer>,
+    /// Factor on the scores before the softmax in converted layers (the source's `head_dim^-0.5`).
+    pub attention_scale: f64,
+}
+
+/// Shapes of one converted layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MlaLayer {
+    /// Numbers in the latent, r.
+    pub kv_lora_rank: usize,
+    /// Numbers in the shared rotary key, d_r (even).
+    pub qk_rope_head_dim: usize,
+    /// Numbers of a query head that meet the latent.
+    pub qk_nope_head_dim: usize,
+    /// Numbers of a value head.
+    pub v_head_dim: usize,
+    /// How the cached row is computed from the layer's input.
+    pub encoder: MlaEncoder,
+}
+
+impl MlaLayer {
+    /// Numbers cached per token: r + d_r.
+    pub fn cache_width(&self) -> usize {
+        self.kv_lora_rank + self.qk_rope_head_dim
+    }
+}
+
+/// How the cached row is computed from the layer's input.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MlaEncoder {
+    /// `kv_a_proj_with_mqa` takes the hidden state: `[r + d_r, hidden_size]`.
+    Hidden,
+    /// Qwen3: `k_proj`, `k_norm` and `v_proj` stay, `kv_a_proj_with_mqa` takes
+    /// `[normed keys ; values]`: `[r + d_r, 2 * G * head_dim]`; `q_proj` and `q_norm` stay and
+    /// `q_rope_proj` `[H * d_r, head_dim]` takes each normed query head to its rotary part.
+    NormedKey,
+}
+
+impl ModelConfig {
+    /// Query heads that share one KV head, H / G.
+    pub fn group_size(&self) -> usize {
+        self.num_attention_heads / self.num_key_value_heads
+    }
+
+    /// Numbers cached per token by one GQA layer: 2 * G * d.
+    pub fn gqa_cache_width(&self) -> usize {
+        2 * self.num_key_value_heads * self.head_dim
+    }
+
+    /// The MLA shapes of a layer, if it is converted.
+    pub fn mla_layer(&self, layer: usize) -> Option<&MlaLayer> {
+        self.mla.as_ref().and_then(|m| m.layers.get(&layer))
+    }
+}
