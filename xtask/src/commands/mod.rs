@@ -1,0 +1,18 @@
+//! One file per command.
+
+pub(crate) mod demo;
+pub(crate) mod doctor;
+pub(crate) mod oracle;
+pub(crate) mod setup;
+pub(crate) mod test;
+
+use std::process::Command;
+
+use crate::workspace::Workspace;
+
+/// `cargo` in the checkout.
+fn cargo(workspace: &Workspace) -> Command {
+    let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    command.current_dir(workspace.root());
+    command
+}
