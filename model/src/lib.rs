@@ -5,9 +5,13 @@
 //! time, so memory is bounded by the largest tensor in flight.
 
 pub mod config;
+pub mod error;
 pub mod refusal;
 pub mod rope;
+pub mod tensor;
 
 pub use config::{Architecture, MlaConfig, MlaEncoder, MlaLayer, ModelConfig};
+pub use error::Error;
 pub use refusal::Refusal;
-pub use rope::{RopeScaling, RopeSpec};
+pub use rope::{RopeScaling, RopeSpec, RopeTable};
+pub use tensor::{Dtype, TensorInfo};

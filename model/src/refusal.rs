@@ -26,7 +26,12 @@ impl Refusal {
         found: impl Into<String>,
         fix: impl Into<String>,
     ) -> Self {
-        Self { subject: subject.into(), expected: expected.into(), found: found.into(), fix: fix.into() }
+        Self {
+            subject: subject.into(),
+            expected: expected.into(),
+            found: found.into(),
+            fix: fix.into(),
+        }
     }
 }
 

@@ -3,6 +3,8 @@
 //! Half-split convention (Hugging Face Llama): component `l` of a head of `head_dim` numbers pairs
 //! with component `l + head_dim / 2`, and position `s` turns the pair by `s * inv_freq[l]` radians.
 
+use std::f64::consts::PI;
+
 /// How the base frequencies are changed for long contexts.
 #[derive(Debug, Clone, PartialEq)]
 pub enum RopeScaling {
@@ -52,4 +54,124 @@ pub struct RopeSpec {
     pub theta: f64,
     /// Long-context rule.
     pub scaling: RopeScaling,
+}
+
+/// What the rotation needs: one frequency per pair and the factor on cos and sin.
+#[derive(Debug, Clone, PartialEq)]
+pub struct RopeTable {
+    /// Radians per position of pair `l`, `head_dim / 2` numbers.
+    pub inv_freq: Vec<f32>,
+    /// Factor on cos and sin; 1 unless YaRN.
+    pub attention_factor: f64,
+}
+
+impl RopeSpec {
+    /// The frequencies of a head of `head_dim` numbers (even).
+    ///
+    /// Follows transformers' `modeling_rope_utils` operation by operation, in f32 where it works
+    /// in f32, because the trained model saw those rounded frequencies.
+    pub fn table(&self, head_dim: usize) -> RopeTable {
+        let base: Vec<f32> = (0..head_dim / 2)
+            .map(|l| (self.theta as f32).powf((2 * l) as f32 / head_dim as f32))
+            .collect();
+        match &self.scaling {
+            RopeScaling::Default => RopeTable {
+                inv_freq: base.iter().map(|f| 1.0 / f).collect(),
+                attention_factor: 1.0,
+            },
+            RopeScaling::Linear { factor } => RopeTable {
+                inv_freq: base.iter().map(|f| 1.0 / f / *factor as f32).collect(),
+                attention_factor: 1.0,
+            },
+            RopeScaling::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position_embeddings,
+            } => RopeTable {
+                inv_freq: base
+                    .iter()
+                    .map(|f| {
+                        llama3_frequency(
+                            1.0 / f,
+                            *factor as f32,
+                            *low_freq_factor as f32,
+                            *high_freq_factor as f32,
+                            *original_max_position_embeddings as f32,
+                        )
+                    })
+                    .collect(),
+                attention_factor: 1.0,
+            },
+            RopeScaling::Yarn {
+                factor,
+                beta_fast,
+                beta_slow,
+                original_max_position_embeddings,
+                attention_factor,
+                mscale,
+                mscale_all_dim,
+                truncate,
+            } => {
+                let correction = |rotations: f64| {
+                    let length = *original_max_position_embeddings as f64;
+                    head_dim as f64 * (length / (rotations * 2.0 * PI)).ln()
+                        / (2.0 * self.theta.ln())
+                };
+                let (mut low, mut high) = (correction(*beta_fast), correction(*beta_slow));
+                if *truncate {
+                    (low, high) = (low.floor(), high.ceil());
+                }
+                low = low.max(0.0);
+                high = high.min(head_dim as f64 - 1.0);
+                if low == high {
+                    high += 0.001;
+                }
+                let inv_freq = base
+                    .iter()
+                    .enumerate()
+                    .map(|(l, f)| {
+                        let ramp = ((l as f32 - low as f32) / (high - low) as f32).clamp(0.0, 1.0);
+                        let keep = 1.0 - ramp;
+                        1.0 / (*factor as f32 * f) * (1.0 - keep) + 1.0 / f * keep
+                    })
+                    .collect();
+                RopeTable {
+                    inv_freq,
+                    attention_factor: attention_factor.unwrap_or_else(|| {
+                        yarn_attention_factor(*factor, *mscale, *mscale_all_dim)
+                    }),
+                }
+            }
+        }
+    }
+}
+
+/// Llama 3.1: frequencies whose wavelength exceeds `length / low` are divided by `factor`, those
+/// below `length / high` are kept, those between are blended.
+fn llama3_frequency(inv_freq: f32, factor: f32, low: f32, high: f32, length: f32) -> f32 {
+    let wavelength = 2.0 * std::f32::consts::PI / inv_freq;
+    if wavelength > length / low {
+        inv_freq / factor
+    } else if wavelength < length / high {
+        inv_freq
+    } else {
+        let smooth = (length / wavelength - low) / (high - low);
+        (1.0 - smooth) * inv_freq / factor + smooth * inv_freq
+    }
+}
+
+/// `0.1 m ln(factor) + 1`, or the ratio of two of them when both `mscale`s are given and not 0.
+fn yarn_attention_factor(factor: f64, mscale: Option<f64>, mscale_all_dim: Option<f64>) -> f64 {
+    let scale = |m: f64| {
+        if factor <= 1.0 {
+            1.0
+        } else {
+            0.1 * m * factor.ln() + 1.0
+        }
+    };
+    match (mscale, mscale_all_dim) {
+        (Some(m), Some(all)) if m != 0.0 && all != 0.0 => scale(m) / scale(all),
+        _ => scale(1.0),
+    }
 }

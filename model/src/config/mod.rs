@@ -67,6 +67,8 @@ pub struct MlaConfig {
     pub layers: BTreeMap<usize, MlaLayer>,
     /// Factor on the scores before the softmax in converted layers (the source's `head_dim^-0.5`).
     pub attention_scale: f64,
+    /// Whether the output projection of converted layers has a bias (a refit may add one).
+    pub o_bias: bool,
 }
 
 /// Shapes of one converted layer.
