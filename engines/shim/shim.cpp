@@ -1,0 +1,308 @@
+// Plain C functions over the part of TensorRT for RTX that mlac uses: parse an ONNX file, describe
+// the network, set profiles and targets, build a serialized engine.
+//
+// TensorRT's interface is C++ classes with virtual functions, so someone has to be compiled against
+// NVIDIA's headers. Nothing is linked: the two entry points come in from the caller, who loaded the
+// libraries. No exception leaves a function. The Rust side is engines/src/tensorrt/sys.rs; keep the
+// two in step and raise MLAC_TRT_SHIM_ABI when a signature changes.
+//
+// No timing cache: TensorRT for RTX documents those operations as no-ops since 1.2.
+// No strongly-typed flag: TensorRT for RTX networks are always strongly typed.
+
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <string>
+
+#include "NvInfer.h"
+#include "NvOnnxParser.h"
+
+#define MLAC_TRT_SHIM_ABI 1
+#define MLAC_EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace
+{
+namespace trt = nvinfer1;
+
+using LogFunction = void (*)(void* user, int32_t severity, char const* text);
+using CreateBuilder = void* (*) (void* logger, int32_t version);
+using CreateParser = void* (*) (void* network, void* logger, int version);
+
+class Logger : public trt::ILogger
+{
+public:
+    Logger(LogFunction function, void* user)
+        : mFunction(function)
+        , mUser(user)
+    {
+    }
+    void log(Severity severity, char const* text) noexcept override
+    {
+        mFunction(mUser, static_cast<int32_t>(severity), text);
+    }
+
+private:
+    LogFunction mFunction;
+    void* mUser;
+};
+
+// Members are destroyed in reverse order: parser, network, builder, logger.
+struct Build
+{
+    Build(LogFunction function, void* user)
+        : logger(function, user)
+    {
+    }
+    Logger logger;
+    std::unique_ptr<trt::IBuilder> builder;
+    std::unique_ptr<trt::INetworkDefinition> network;
+    std::unique_ptr<nvonnxparser::IParser> parser;
+};
+
+struct Config
+{
+    std::unique_ptr<trt::IBuilderConfig> config;
+    trt::IOptimizationProfile* profile{nullptr}; // owned by the builder
+};
+
+trt::Dims dims(int64_t const* values, int32_t rank)
+{
+    trt::Dims result{};
+    result.nbDims = rank;
+    for (int32_t i = 0; i < rank; ++i)
+    {
+        result.d[i] = values[i];
+    }
+    return result;
+}
+} // namespace
+
+// One input or output of the network. A dimension of -1 is dynamic.
+struct MlacTrtTensor
+{
+    char const* name;
+    int32_t dtype;
+    int32_t rank;
+    int64_t dims[8];
+};
+
+struct MlacTrtParseError
+{
+    int32_t code;
+    int32_t node;
+    char const* text;
+    char const* nodeName;
+    char const* nodeOperator;
+};
+
+struct MlacTrtLayer
+{
+    int32_t type;
+    char const* name;
+};
+
+MLAC_EXPORT int32_t mlac_trt_shim_abi()
+{
+    return MLAC_TRT_SHIM_ABI;
+}
+
+// The version of the headers, major * 10000 + minor * 100 + patch: the libraries must match it.
+MLAC_EXPORT int32_t mlac_trt_shim_version()
+{
+    return NV_TENSORRT_MAJOR * 10000 + NV_TENSORRT_MINOR * 100 + NV_TENSORRT_PATCH;
+}
+
+// Null when TensorRT refuses to make a builder, a network or a parser; the log says why.
+MLAC_EXPORT Build* mlac_trt_open(void* createBuilder, void* createParser, LogFunction function, void* user)
+{
+    try
+    {
+        auto build = std::make_unique<Build>(function, user);
+        auto makeBuilder = reinterpret_cast<CreateBuilder>(createBuilder);
+        auto makeParser = reinterpret_cast<CreateParser>(createParser);
+        build->builder.reset(static_cast<trt::IBuilder*>(makeBuilder(&build->logger, NV_TENSORRT_VERSION)));
+        if (!build->builder)
+        {
+            return nullptr;
+        }
+        build->network.reset(build->builder->createNetworkV2(0));
+        if (!build->network)
+        {
+            return nullptr;
+        }
+        build->parser.reset(
+            static_cast<nvonnxparser::IParser*>(makeParser(build->network.get(), &build->logger, NV_ONNX_PARSER_VERSION)));
+        return build->parser ? build.release() : nullptr;
+    }
+    catch (...)
+    {
+        return nullptr;
+    }
+}
+
+MLAC_EXPORT void mlac_trt_close(Build* build)
+{
+    delete build;
+}
+
+// 1 when the whole file was understood. External data is read from beside the file.
+MLAC_EXPORT int32_t mlac_trt_parse_file(Build* build, char const* path)
+{
+    try
+    {
+        return build->parser->parseFromFile(path, static_cast<int>(trt::ILogger::Severity::kWARNING)) ? 1 : 0;
+    }
+    catch (...)
+    {
+        return 0;
+    }
+}
+
+MLAC_EXPORT int32_t mlac_trt_error_count(Build* build)
+{
+    return build->parser->getNbErrors();
+}
+
+MLAC_EXPORT int32_t mlac_trt_error(Build* build, int32_t index, MlacTrtParseError* out)
+{
+    nvonnxparser::IParserError const* error = build->parser->getError(index);
+    if (error == nullptr)
+    {
+        return 0;
+    }
+    *out = {static_cast<int32_t>(error->code()), error->node(), error->desc(), error->nodeName(), error->nodeOperator()};
+    return 1;
+}
+
+// kind 0: inputs, 1: outputs.
+MLAC_EXPORT int32_t mlac_trt_tensor_count(Build* build, int32_t kind)
+{
+    return kind == 0 ? build->network->getNbInputs() : build->network->getNbOutputs();
+}
+
+MLAC_EXPORT int32_t mlac_trt_tensor(Build* build, int32_t kind, int32_t index, MlacTrtTensor* out)
+{
+    trt::ITensor* tensor = kind == 0 ? build->network->getInput(index) : build->network->getOutput(index);
+    if (tensor == nullptr)
+    {
+        return 0;
+    }
+    trt::Dims const shape = tensor->getDimensions();
+    *out = {};
+    out->name = tensor->getName();
+    out->dtype = static_cast<int32_t>(tensor->getType());
+    out->rank = shape.nbDims;
+    for (int32_t i = 0; i < shape.nbDims && i < 8; ++i)
+    {
+        out->dims[i] = shape.d[i];
+    }
+    return 1;
+}
+
+MLAC_EXPORT int32_t mlac_trt_layer_count(Build* build)
+{
+    return build->network->getNbLayers();
+}
+
+MLAC_EXPORT int32_t mlac_trt_layer(Build* build, int32_t index, MlacTrtLayer* out)
+{
+    trt::ILayer* layer = build->network->getLayer(index);
+    if (layer == nullptr)
+    {
+        return 0;
+    }
+    *out = {static_cast<int32_t>(layer->getType()), layer->getName()};
+    return 1;
+}
+
+// For an attention input layer: 1 when its attention may be split into primitives, 0 when it must
+// be one fused kernel (the build fails when it cannot be), -1 for any other layer.
+MLAC_EXPORT int32_t mlac_trt_attention_decomposable(Build* build, int32_t index)
+{
+    trt::ILayer* layer = build->network->getLayer(index);
+    if (layer == nullptr || layer->getType() != trt::LayerType::kATTENTION_INPUT)
+    {
+        return -1;
+    }
+    trt::IAttention* attention = static_cast<trt::IAttentionBoundaryLayer*>(layer)->getAttention();
+    return attention == nullptr ? -1 : (attention->getDecomposable() ? 1 : 0);
+}
+
+// A build configuration for the given compute capabilities (89 for sm89), with one empty profile.
+MLAC_EXPORT Config* mlac_trt_config(Build* build, int32_t const* targets, int32_t count)
+{
+    try
+    {
+        auto result = std::make_unique<Config>();
+        result->config.reset(build->builder->createBuilderConfig());
+        if (!result->config || !result->config->setNbComputeCapabilities(count))
+        {
+            return nullptr;
+        }
+        for (int32_t i = 0; i < count; ++i)
+        {
+            if (!result->config->setComputeCapability(static_cast<trt::ComputeCapability>(targets[i]), i))
+            {
+                return nullptr;
+            }
+        }
+        result->config->setProfilingVerbosity(trt::ProfilingVerbosity::kDETAILED);
+        result->profile = build->builder->createOptimizationProfile();
+        return result->profile == nullptr ? nullptr : result.release();
+    }
+    catch (...)
+    {
+        return nullptr;
+    }
+}
+
+MLAC_EXPORT void mlac_trt_config_free(Config* config)
+{
+    delete config;
+}
+
+// Sets one input's smallest, most usual and largest shape.
+MLAC_EXPORT int32_t mlac_trt_profile_shape(Config* config, char const* input, int32_t rank, int64_t const* smallest,
+    int64_t const* usual, int64_t const* largest)
+{
+    if (rank < 0 || rank > trt::Dims::MAX_DIMS)
+    {
+        return 0;
+    }
+    using Selector = trt::OptProfileSelector;
+    bool const ok = config->profile->setDimensions(input, Selector::kMIN, dims(smallest, rank))
+        && config->profile->setDimensions(input, Selector::kOPT, dims(usual, rank))
+        && config->profile->setDimensions(input, Selector::kMAX, dims(largest, rank));
+    return ok ? 1 : 0;
+}
+
+// 1 when the profile is complete and was taken.
+MLAC_EXPORT int32_t mlac_trt_profile_finish(Config* config)
+{
+    return config->profile->isValid() && config->config->addOptimizationProfile(config->profile) >= 0 ? 1 : 0;
+}
+
+// The serialized engine, or null; the log says why.
+MLAC_EXPORT trt::IHostMemory* mlac_trt_build(Build* build, Config* config)
+{
+    try
+    {
+        return build->builder->buildSerializedNetwork(*build->network, *config->config);
+    }
+    catch (...)
+    {
+        return nullptr;
+    }
+}
+
+MLAC_EXPORT void const* mlac_trt_bytes(trt::IHostMemory* memory, uint64_t* size)
+{
+    *size = memory->size();
+    return memory->data();
+}
+
+MLAC_EXPORT void mlac_trt_bytes_free(trt::IHostMemory* memory)
+{
+    delete memory;
+}
