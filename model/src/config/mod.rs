@@ -1,6 +1,14 @@
 //! The configuration of a model in mlac's own terms, read from `config.json` or from GGUF metadata.
 
+mod fields;
+mod hf;
+mod mla;
+mod rope;
+
 use std::collections::BTreeMap;
+
+pub(crate) use hf::token_ids;
+pub use mla::mla_config_json;
 
 use crate::rope::RopeSpec;
 
@@ -15,6 +23,38 @@ pub enum Architecture {
     Qwen2,
     /// `model_type` "qwen3": per-head RMS norm on q and k before RoPE.
     Qwen3,
+}
+
+impl Architecture {
+    /// Every family.
+    pub const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
+
+    /// The value of the key `model_type` in `config.json`.
+    pub fn model_type(self) -> &'static str {
+        match self {
+            Self::Llama => "llama",
+            Self::Mistral => "mistral",
+            Self::Qwen2 => "qwen2",
+            Self::Qwen3 => "qwen3",
+        }
+    }
+
+    /// The family with this `model_type`.
+    pub fn from_model_type(name: &str) -> Option<Self> {
+        Self::ALL
+            .into_iter()
+            .find(|architecture| architecture.model_type() == name)
+    }
+
+    /// What transformers' class names begin with: `LlamaForCausalLM`.
+    pub fn class_prefix(self) -> &'static str {
+        match self {
+            Self::Llama => "Llama",
+            Self::Mistral => "Mistral",
+            Self::Qwen2 => "Qwen2",
+            Self::Qwen3 => "Qwen3",
+        }
+    }
 }
 
 /// A decoder-only language model with grouped-query attention, or its MLA form.
@@ -113,6 +153,14 @@ impl ModelConfig {
     /// Numbers cached per token by one GQA layer: 2 * G * d.
     pub fn gqa_cache_width(&self) -> usize {
         2 * self.num_key_value_heads * self.head_dim
+    }
+
+    /// Whether the output projection of a layer has a bias.
+    pub fn layer_o_bias(&self, layer: usize) -> bool {
+        match &self.mla {
+            Some(mla) if mla.layers.contains_key(&layer) => mla.o_bias,
+            _ => self.o_bias,
+        }
     }
 
     /// The MLA shapes of a layer, if it is converted.
