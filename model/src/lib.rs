@@ -4,12 +4,14 @@
 //! A checkpoint is opened once with [`checkpoint::Checkpoint::open`]; tensors are read one at a
 //! time, so memory is bounded by the largest tensor in flight.
 
+pub mod checkpoint;
 pub mod config;
 pub mod error;
 pub mod refusal;
 pub mod rope;
 pub mod tensor;
 
+pub use checkpoint::{Checkpoint, CheckpointWriter};
 pub use config::{Architecture, MlaConfig, MlaEncoder, MlaLayer, ModelConfig};
 pub use error::Error;
 pub use refusal::Refusal;

@@ -26,7 +26,7 @@ pub enum RopeScaling {
         /// Context length of the original training.
         original_max_position_embeddings: usize,
     },
-    /// YaRN (Peng et al. 2023), as transformers' `_compute_yarn_parameters` has it.
+    /// `YaRN` (Peng et al. 2023), as transformers' `_compute_yarn_parameters` has it.
     Yarn {
         /// Divisor of the slow frequencies.
         factor: f64,
@@ -38,9 +38,9 @@ pub enum RopeScaling {
         original_max_position_embeddings: usize,
         /// Factor on cos and sin; `None`: derived from `mscale`, `mscale_all_dim`, `factor`.
         attention_factor: Option<f64>,
-        /// DeepSeek's `mscale`, when given.
+        /// `DeepSeek`'s `mscale`, when given.
         mscale: Option<f64>,
-        /// DeepSeek's `mscale_all_dim`, when given.
+        /// `DeepSeek`'s `mscale_all_dim`, when given.
         mscale_all_dim: Option<f64>,
         /// Whether correction bounds are rounded to whole components (GPT-OSS: false).
         truncate: bool,
@@ -61,7 +61,7 @@ pub struct RopeSpec {
 pub struct RopeTable {
     /// Radians per position of pair `l`, `head_dim / 2` numbers.
     pub inv_freq: Vec<f32>,
-    /// Factor on cos and sin; 1 unless YaRN.
+    /// Factor on cos and sin; 1 unless `YaRN`.
     pub attention_factor: f64,
 }
 
@@ -124,7 +124,7 @@ impl RopeSpec {
                 }
                 low = low.max(0.0);
                 high = high.min(head_dim as f64 - 1.0);
-                if low == high {
+                if (high - low) == 0.0 {
                     high += 0.001;
                 }
                 let inv_freq = base

@@ -14,7 +14,7 @@ const LARGEST_EXTENT: u64 = 1 << 28;
 pub(super) struct Fields<'a> {
     object: &'a Map<String, Value>,
     file: &'a str,
-    /// Path of the object inside the file, "" or "rope_scaling.".
+    /// Path of the object inside the file: nothing, or `rope_scaling.`.
     prefix: &'a str,
 }
 

@@ -15,13 +15,13 @@ use crate::rope::RopeSpec;
 /// Which family of models the weights belong to; decides tensor names and biases.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Architecture {
-    /// `model_type` "llama" (SmolLM2 too).
+    /// `model_type` "llama" (`SmolLM2` too).
     Llama,
     /// `model_type` "mistral".
     Mistral,
     /// `model_type` "qwen2": biases on q, k, v.
     Qwen2,
-    /// `model_type` "qwen3": per-head RMS norm on q and k before RoPE.
+    /// `model_type` "qwen3": per-head RMS norm on q and k before `RoPE`.
     Qwen3,
 }
 
@@ -59,6 +59,10 @@ impl Architecture {
 
 /// A decoder-only language model with grouped-query attention, or its MLA form.
 #[derive(Debug, Clone, PartialEq)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a key of config.json"
+)]
 pub struct ModelConfig {
     /// The family.
     pub architecture: Architecture,
@@ -90,7 +94,7 @@ pub struct ModelConfig {
     pub o_bias: bool,
     /// Whether the three MLP projections have biases.
     pub mlp_bias: bool,
-    /// Whether q and k pass a per-head RMS norm before RoPE (Qwen3).
+    /// Whether q and k pass a per-head RMS norm before `RoPE` (Qwen3).
     pub qk_norm: bool,
     /// For each layer the number of positions a query sees, itself included; `None`: all.
     pub sliding_window: Vec<Option<usize>>,
@@ -116,7 +120,7 @@ pub struct MlaConfig {
 pub struct MlaLayer {
     /// Numbers in the latent, r.
     pub kv_lora_rank: usize,
-    /// Numbers in the shared rotary key, d_r (even).
+    /// Numbers in the shared rotary key, `d_r` (even).
     pub qk_rope_head_dim: usize,
     /// Numbers of a query head that meet the latent.
     pub qk_nope_head_dim: usize,
@@ -127,7 +131,7 @@ pub struct MlaLayer {
 }
 
 impl MlaLayer {
-    /// Numbers cached per token: r + d_r.
+    /// Numbers cached per token: r + `d_r`.
     pub fn cache_width(&self) -> usize {
         self.kv_lora_rank + self.qk_rope_head_dim
     }

@@ -137,7 +137,7 @@ pub(super) fn read(
 
 fn refuse_partial(fields: &Fields<'_>) -> Result<(), Refusal> {
     match fields.opt_number("partial_rotary_factor")? {
-        Some(factor) if factor != 1.0 => Err(fields.refuse(
+        Some(factor) if (factor - 1.0).abs() > 0.0 => Err(fields.refuse(
             "partial_rotary_factor",
             "1, the whole head is rotated",
             factor,

@@ -1,0 +1,305 @@
+//! Checkpoints: opening, reading and writing the weights of a model.
+
+mod expected;
+mod map;
+pub mod safetensors;
+mod writer;
+
+use std::{
+    borrow::Cow,
+    collections::HashMap,
+    fs,
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+use sha2::{Digest, Sha256};
+
+pub use expected::expected_tensors;
+pub use writer::CheckpointWriter;
+
+use self::safetensors::Shards;
+use crate::{
+    Dtype, Error, ModelConfig, TensorInfo,
+    config::token_ids,
+    tensor::{check_finite, f32_from_bytes, shape_text},
+};
+
+/// Largest JSON file that is read into memory.
+const LARGEST_JSON: u64 = 256 << 20;
+
+/// Files beside the weights that belong to a model, in the order they are listed.
+const SIDE_FILES: [&str; 11] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+    "LICENSE",
+];
+
+/// An opened checkpoint: configuration and tensors, each checked against the other.
+///
+/// Opening maps the files and reads headers only; a tensor is read when it is asked for. Names
+/// and layouts are those of Hugging Face whatever the file format.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    config: ModelConfig,
+    raw_config: Value,
+    tensors: Vec<TensorInfo>,
+    index: HashMap<String, usize>,
+    weights: Weights,
+}
+
+#[derive(Debug)]
+enum Weights {
+    Safetensors(Shards),
+}
+
+impl Checkpoint {
+    /// Opens a folder (`config.json` with safetensors, or one `.gguf`) or a `.gguf` file.
+    ///
+    /// Every tensor that the configuration implies has to be there in the implied shape.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref();
+        let metadata = fs::metadata(path).map_err(|source| Error::io(path, source))?;
+        if metadata.is_dir() {
+            return Self::open_folder(path);
+        }
+        Err(Error::refusal(
+            path.display().to_string(),
+            "a folder with config.json and safetensors files, or a .gguf file",
+            "another file",
+            "give the folder that holds it",
+        ))
+    }
+
+    fn open_folder(folder: &Path) -> Result<Self, Error> {
+        let config_file = folder.join("config.json");
+        if !config_file.is_file() {
+            return Err(Error::refusal(
+                config_file.display().to_string(),
+                "the model's configuration",
+                "no such file",
+                "give the folder of a model, or get the file from the model's publisher",
+            ));
+        }
+        let raw_config = read_json(&config_file)?;
+        let mut config = ModelConfig::from_json(&raw_config, &config_file.display().to_string())?;
+        add_generation_eos(&folder.join("generation_config.json"), &mut config)?;
+        let (shards, tensors) = Shards::open(folder)?;
+        Self::new(
+            folder,
+            config,
+            raw_config,
+            tensors,
+            Weights::Safetensors(shards),
+        )
+    }
+
+    fn new(
+        path: &Path,
+        config: ModelConfig,
+        raw_config: Value,
+        tensors: Vec<TensorInfo>,
+        weights: Weights,
+    ) -> Result<Self, Error> {
+        let index: HashMap<String, usize> = tensors
+            .iter()
+            .enumerate()
+            .map(|(at, info)| (info.name.clone(), at))
+            .collect();
+        expected::check(&config, &tensors, &index, &path.display().to_string())?;
+        let checkpoint = Self {
+            path: path.to_owned(),
+            config,
+            raw_config,
+            tensors,
+            index,
+            weights,
+        };
+        checkpoint.check_tied_head()?;
+        Ok(checkpoint)
+    }
+
+    /// A stored head that should be tied has to be the embedding.
+    fn check_tied_head(&self) -> Result<(), Error> {
+        let (head, embedding) = ("lm_head.weight", "model.embed_tokens.weight");
+        if !self.config.tie_word_embeddings || !self.contains(head) {
+            return Ok(());
+        }
+        if self.info(head)?
+            == &(TensorInfo {
+                name: head.into(),
+                ..self.info(embedding)?.clone()
+            })
+            && self.bytes(head)? == self.bytes(embedding)?
+        {
+            return Ok(());
+        }
+        Err(Error::refusal(
+            self.subject(head),
+            format!("the same tensor as {embedding}, as tie_word_embeddings is true"),
+            "another one",
+            "set tie_word_embeddings to false in config.json if the head was trained",
+        ))
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        &self.config
+    }
+
+    /// The content of `config.json`; for GGUF the equivalent, made from the metadata.
+    pub fn raw_config(&self) -> &Value {
+        &self.raw_config
+    }
+
+    /// The path the checkpoint was opened with.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All tensors, in the order of the files and of the data in them.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    /// Whether there is a tensor of this name.
+    pub fn contains(&self, name: &str) -> bool {
+        self.index.contains_key(name)
+    }
+
+    /// Element type and shape of a tensor.
+    pub fn info(&self, name: &str) -> Result<&TensorInfo, Error> {
+        Ok(&self.tensors[self.place(name)?])
+    }
+
+    /// The stored little-endian bytes of a tensor; a quantised GGUF tensor comes as F32.
+    pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
+        let place = self.place(name)?;
+        match &self.weights {
+            Weights::Safetensors(shards) => Ok(Cow::Borrowed(shards.bytes(place))),
+        }
+    }
+
+    /// The numbers of an F32, F16 or BF16 tensor of a known shape, row-major.
+    ///
+    /// Refuses another shape, another type, NaN and infinity.
+    pub fn f32(&self, name: &str, expected_shape: &[usize]) -> Result<Vec<f32>, Error> {
+        let info = self.info(name)?;
+        if info.shape != expected_shape {
+            return Err(Error::refusal(
+                self.subject(name),
+                format!("shape {}", shape_text(expected_shape)),
+                format!("shape {}", shape_text(&info.shape)),
+                "check that config.json belongs to these weights",
+            ));
+        }
+        let numbers =
+            f32_from_bytes(info.dtype, &self.bytes(name)?).ok_or_else(|| self.wrong_dtype(info))?;
+        check_finite(&self.subject(name), &info.shape, &numbers)?;
+        Ok(numbers)
+    }
+
+    /// SHA-256 of what [`Checkpoint::bytes`] returns, in hexadecimal.
+    pub fn sha256(&self, name: &str) -> Result<String, Error> {
+        Ok(format!("{:x}", Sha256::digest(self.bytes(name)?)))
+    }
+
+    /// The tokenizer, generation and licence files that lie beside the weights.
+    pub fn side_files(&self) -> Vec<PathBuf> {
+        SIDE_FILES
+            .iter()
+            .map(|name| self.path.join(name))
+            .filter(|path| path.is_file())
+            .collect()
+    }
+
+    fn place(&self, name: &str) -> Result<usize, Error> {
+        self.index.get(name).copied().ok_or_else(|| {
+            Error::refusal(
+                format!("{}: tensor {name}", self.path.display()),
+                "a tensor of this name",
+                "no such tensor",
+                "check that config.json belongs to these weights",
+            )
+        })
+    }
+
+    /// A tensor as messages name it: the file that holds it and its name.
+    fn subject(&self, name: &str) -> String {
+        let file = match (&self.weights, self.index.get(name)) {
+            (Weights::Safetensors(shards), Some(&at)) => shards.file(at),
+            _ => &self.path,
+        };
+        format!("{}: tensor {name}", file.display())
+    }
+
+    fn wrong_dtype(&self, info: &TensorInfo) -> Error {
+        Error::refusal(
+            self.subject(&info.name),
+            format!("dtype {}, {} or {}", Dtype::F32, Dtype::F16, Dtype::BF16),
+            format!("dtype {}", info.dtype),
+            "use a checkpoint with weights of one of these types",
+        )
+    }
+}
+
+/// A file that has to fit in memory: configuration, index, tokenizer.
+pub(crate) fn read_small(path: &Path) -> Result<Vec<u8>, Error> {
+    let length = fs::metadata(path)
+        .map_err(|source| Error::io(path, source))?
+        .len();
+    if length > LARGEST_JSON {
+        return Err(Error::refusal(
+            path.display().to_string(),
+            format!("at most {LARGEST_JSON} bytes"),
+            format!("{length} bytes"),
+            "get the file again",
+        ));
+    }
+    fs::read(path).map_err(|source| Error::io(path, source))
+}
+
+pub(crate) fn read_json(path: &Path) -> Result<Value, Error> {
+    serde_json::from_slice(&read_small(path)?).map_err(|source| Error::Json {
+        path: path.to_owned(),
+        source,
+    })
+}
+
+/// Generation ends at the tokens of `generation_config.json` too: chat models list there what
+/// `config.json` leaves out.
+fn add_generation_eos(file: &Path, config: &mut ModelConfig) -> Result<(), Error> {
+    if !file.is_file() {
+        return Ok(());
+    }
+    let generation = read_json(file)?;
+    let Some(value) = generation
+        .get("eos_token_id")
+        .filter(|value| !value.is_null())
+    else {
+        return Ok(());
+    };
+    let ids = token_ids(value).ok_or_else(|| {
+        Error::refusal(
+            format!("{}: eos_token_id", file.display()),
+            "a token id or a list of them",
+            value.to_string(),
+            "correct the value in the file",
+        )
+    })?;
+    for id in ids {
+        if !config.eos_token_ids.contains(&id) {
+            config.eos_token_ids.push(id);
+        }
+    }
+    Ok(())
+}
