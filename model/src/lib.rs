@@ -10,6 +10,7 @@ pub mod error;
 pub mod refusal;
 pub mod rope;
 pub mod tensor;
+pub mod tokenizer;
 
 pub use checkpoint::{Checkpoint, CheckpointWriter};
 pub use config::{Architecture, MlaConfig, MlaEncoder, MlaLayer, ModelConfig};
@@ -17,3 +18,4 @@ pub use error::Error;
 pub use refusal::Refusal;
 pub use rope::{RopeScaling, RopeSpec, RopeTable};
 pub use tensor::{Dtype, TensorInfo};
+pub use tokenizer::Tokenizer;

@@ -20,7 +20,7 @@ pub use writer::CheckpointWriter;
 
 use self::safetensors::Shards;
 use crate::{
-    Dtype, Error, ModelConfig, TensorInfo,
+    Dtype, Error, ModelConfig, TensorInfo, Tokenizer,
     config::token_ids,
     tensor::{check_finite, f32_from_bytes, shape_text},
 };
@@ -220,6 +220,14 @@ impl Checkpoint {
             .map(|name| self.path.join(name))
             .filter(|path| path.is_file())
             .collect()
+    }
+
+    /// The model's tokenizer; it refuses texts with tokens that the model has no embedding for.
+    pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
+        let tokenizer = match &self.weights {
+            Weights::Safetensors(_) => Tokenizer::from_folder(&self.path)?,
+        };
+        Ok(tokenizer.with_id_limit(self.config.vocab_size))
     }
 
     fn place(&self, name: &str) -> Result<usize, Error> {
