@@ -1,0 +1,284 @@
+//! The only type that changes a graph.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{
+    DType, Definition, Dim, Graph, Initializer, InlineTensor, Node, NodeId, Op, TensorType,
+    Transform, Value, ValueId, WeightRef,
+    infer::{self, Given},
+};
+use crate::{
+    error::{Error, NodeError},
+    passes::dead::{self, Live},
+    validate::{self, ValidGraph},
+};
+
+/// Constants with more elements than this are not followed by shape inference.
+const LONGEST_FOLLOWED: usize = 16;
+
+/// Builds a graph node by node; every node is checked when it is added.
+#[derive(Debug)]
+pub struct GraphBuilder {
+    graph: Graph,
+    scopes: Vec<String>,
+    names: BTreeSet<String>,
+    constants: BTreeMap<(DType, Vec<usize>, Vec<u8>), ValueId>,
+    weights: BTreeMap<WeightRef, ValueId>,
+    /// Values that hold one dimension each, i64 `[1]`.
+    pub(super) dims: BTreeMap<Dim, ValueId>,
+    /// Values that hold a whole shape, i64 `[rank]`.
+    pub(super) shapes: BTreeMap<Vec<Dim>, ValueId>,
+}
+
+impl GraphBuilder {
+    /// An empty graph.
+    pub fn new(name: &str) -> Self {
+        Self {
+            graph: Graph {
+                name: name.to_owned(),
+                values: vec![],
+                nodes: vec![],
+                inputs: vec![],
+                outputs: vec![],
+            },
+            scopes: vec![],
+            names: BTreeSet::new(),
+            constants: BTreeMap::new(),
+            weights: BTreeMap::new(),
+            dims: BTreeMap::new(),
+            shapes: BTreeMap::new(),
+        }
+    }
+
+    /// The graph so far.
+    pub fn graph(&self) -> &Graph {
+        &self.graph
+    }
+
+    /// The type of a value.
+    pub fn ty(&self, value: ValueId) -> &TensorType {
+        &self.graph.value(value).ty
+    }
+
+    /// The shape of a value.
+    pub fn shape(&self, value: ValueId) -> &[Dim] {
+        &self.ty(value).shape
+    }
+
+    /// Runs `build` with `name` prepended to the names of the nodes it adds.
+    pub fn scope<T>(&mut self, name: &str, build: impl FnOnce(&mut Self) -> T) -> T {
+        self.scopes.push(name.to_owned());
+        let result = build(self);
+        self.scopes.pop();
+        result
+    }
+
+    /// Runs `build` outside every scope.
+    pub(super) fn top_level<T>(&mut self, build: impl FnOnce(&mut Self) -> T) -> T {
+        let scopes = std::mem::take(&mut self.scopes);
+        let result = build(self);
+        self.scopes = scopes;
+        result
+    }
+
+    /// `wanted`, or `wanted_2` and so on when it is taken.
+    fn unique(&mut self, wanted: String) -> String {
+        let mut name = wanted.clone();
+        let mut count = 1;
+        while !self.names.insert(name.clone()) {
+            count += 1;
+            name = format!("{wanted}_{count}");
+        }
+        name
+    }
+
+    fn push(&mut self, value: Value) -> ValueId {
+        let id = ValueId(self.graph.values.len() as u32);
+        self.graph.values.push(value);
+        id
+    }
+
+    /// Declares what the caller gives.
+    pub fn input(&mut self, name: &str, dtype: DType, shape: Vec<Dim>) -> ValueId {
+        let name = self.unique(name.to_owned());
+        let id = self.push(Value {
+            name,
+            ty: TensorType::new(dtype, shape),
+            content: None,
+            definition: Definition::Input,
+        });
+        self.graph.inputs.push(id);
+        id
+    }
+
+    /// A small constant; equal constants share one value.
+    pub fn constant(&mut self, tensor: InlineTensor) -> ValueId {
+        let key = (tensor.dtype, tensor.shape.clone(), tensor.bytes.clone());
+        if let Some(&id) = self.constants.get(&key) {
+            return id;
+        }
+        let short = tensor.shape.len() <= 1 && tensor.bytes.len() <= 8 * LONGEST_FOLLOWED;
+        let content = tensor
+            .as_i64()
+            .filter(|_| short)
+            .map(|values| values.into_iter().map(Dim::constant).collect());
+        let name = self.unique(format!("const.{}", self.constants.len()));
+        let id = self.push(Value {
+            name,
+            ty: TensorType::new(
+                tensor.dtype,
+                tensor.shape.iter().map(|&n| n.into()).collect(),
+            ),
+            content,
+            definition: Definition::Initializer(Initializer::Inline(tensor)),
+        });
+        self.constants.insert(key, id);
+        id
+    }
+
+    /// A tensor of the checkpoint; equal references share one value.
+    pub fn weight(&mut self, weight: WeightRef) -> ValueId {
+        if let Some(&id) = self.weights.get(&weight) {
+            return id;
+        }
+        let suffix = match weight.transform {
+            Transform::AsIs => "",
+            Transform::Transpose2D => ".t",
+            Transform::KvBKey { .. } => ".key",
+            Transform::KvBValue { .. } => ".value_t",
+            Transform::HeadTranspose { .. } => ".head_t",
+        };
+        let name = self.unique(format!("{}{suffix}", weight.name));
+        let id = self.push(Value {
+            name,
+            ty: TensorType::new(
+                weight.dtype,
+                weight.shape.iter().map(|&n| n.into()).collect(),
+            ),
+            content: None,
+            definition: Definition::Initializer(Initializer::Weight(weight.clone())),
+        });
+        self.weights.insert(weight, id);
+        id
+    }
+
+    /// Adds a node and gives all its outputs.
+    pub fn apply(
+        &mut self,
+        name: &str,
+        op: Op,
+        inputs: &[Option<ValueId>],
+    ) -> Result<Vec<ValueId>, NodeError> {
+        let path = match self.scopes.is_empty() {
+            true => name.to_owned(),
+            false => format!("{}.{name}", self.scopes.join(".")),
+        };
+        let inferred = infer_node(&self.graph, &path, &op, inputs)?;
+        let name = self.unique(path);
+        let node = NodeId(self.graph.nodes.len() as u32);
+        let mut outputs = Vec::with_capacity(inferred.len());
+        let single = inferred.len() == 1;
+        for (output, result) in inferred.into_iter().enumerate() {
+            let name = match single {
+                true => name.clone(),
+                false => self.unique(format!("{name}.{output}")),
+            };
+            let definition = Definition::Node { node, output };
+            outputs.push(self.push(Value {
+                name,
+                ty: result.ty,
+                content: result.content,
+                definition,
+            }));
+        }
+        let inputs = inputs.to_vec();
+        self.graph.nodes.push(Node {
+            name,
+            op,
+            inputs,
+            outputs: outputs.clone(),
+        });
+        Ok(outputs)
+    }
+
+    /// Adds a node with one output.
+    pub fn node(&mut self, name: &str, op: Op, inputs: &[ValueId]) -> Result<ValueId, NodeError> {
+        let inputs: Vec<_> = inputs.iter().copied().map(Some).collect();
+        Ok(self.apply(name, op, &inputs)?[0])
+    }
+
+    /// Declares a computed value to be what the caller gets under `name`.
+    pub fn output(&mut self, name: &str, value: ValueId) {
+        let name = self.unique(name.to_owned());
+        self.graph.values[value.0 as usize].name = name;
+        self.graph.outputs.push(value);
+    }
+
+    /// Removes what no output needs, inputs included, checks every invariant of
+    /// [`crate::validate`] and seals the graph.
+    pub fn finish(mut self) -> Result<ValidGraph, Error> {
+        let live = dead::live(&self.graph);
+        self.retain(&live);
+        Ok(validate::seal(self.graph)?)
+    }
+
+    /// Keeps the live nodes and values and renumbers the handles.
+    fn retain(&mut self, live: &Live) {
+        let graph = &mut self.graph;
+        let number = |keep: &[bool]| -> Vec<Option<u32>> {
+            let mut next = 0;
+            let mut count = |&k: &bool| {
+                k.then(|| {
+                    next += 1;
+                    next - 1
+                })
+            };
+            keep.iter().map(&mut count).collect()
+        };
+        let (values, nodes) = (number(&live.values), number(&live.nodes));
+        let moved = |id: ValueId| values[id.0 as usize].map(ValueId);
+        let mut keep = live.nodes.iter();
+        graph.nodes.retain(|_| keep.next().copied().unwrap_or(true));
+        for node in &mut graph.nodes {
+            node.inputs.iter_mut().for_each(|i| *i = i.and_then(moved));
+            node.outputs = node.outputs.iter().filter_map(|&o| moved(o)).collect();
+        }
+        let mut keep = live.values.iter();
+        graph
+            .values
+            .retain(|_| keep.next().copied().unwrap_or(true));
+        for value in &mut graph.values {
+            if let Definition::Node { node, .. } = &mut value.definition
+                && let Some(new) = nodes[node.0 as usize]
+            {
+                *node = NodeId(new);
+            }
+        }
+        graph.inputs = graph.inputs.iter().filter_map(|&i| moved(i)).collect();
+        graph.outputs = graph.outputs.iter().filter_map(|&o| moved(o)).collect();
+    }
+}
+
+/// Output types of a node, with the node's name in the error.
+pub(crate) fn infer_node(
+    graph: &Graph,
+    name: &str,
+    op: &Op,
+    inputs: &[Option<ValueId>],
+) -> Result<Vec<infer::Inferred>, NodeError> {
+    let given = |id: &Option<ValueId>| {
+        id.map(|id| {
+            let value = graph.value(id);
+            Given {
+                ty: &value.ty,
+                content: value.content.as_deref(),
+            }
+        })
+    };
+    let given: Vec<_> = inputs.iter().map(given).collect();
+    infer::infer(op, &given).map_err(|m| NodeError {
+        node: format!("{name} ({})", op.name()),
+        expected: m.expected,
+        found: m.found,
+    })
+}
