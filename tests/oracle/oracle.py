@@ -2,7 +2,6 @@
 
     python3 oracle.py            check every fixture (this is `cargo xtask oracle`)
     python3 oracle.py write      write them, instead of comparing
-    python3 oracle.py mla        mlac's MLA graphs against mla_reference.py
 
 The packages of requirements.txt go into target/oracle/venv (about 6 GB), once.
 """
@@ -23,7 +22,6 @@ VENV = ROOT / "target" / "oracle" / "venv"
 ACTIONS = {
     "check": ["make_fixtures.py", "--check"],
     "write": ["make_fixtures.py"],
-    "mla": ["check_mla.py"],
 }
 
 
