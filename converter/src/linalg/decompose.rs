@@ -1,0 +1,141 @@
+//! Decompositions, all in f64 over faer.
+
+use faer::linalg::solvers::Solve;
+use faer::{Mat, Side, c64};
+
+use super::matrix::Matrix;
+use crate::error::{Error, numeric};
+
+/// Eigenvalues (largest first) and eigenvectors (columns) of a symmetric matrix.
+#[derive(Debug, Clone)]
+pub struct Eigen {
+    /// `[n]`, non-increasing.
+    pub values: Vec<f64>,
+    /// `[n, n]`, column `i` belongs to `values[i]`.
+    pub vectors: Matrix<f64>,
+}
+
+/// Eigenvalues (largest first) and eigenvectors (columns) of a Hermitian matrix.
+#[derive(Debug, Clone)]
+pub struct HermitianEigen {
+    /// `[n]`, non-increasing.
+    pub values: Vec<f64>,
+    /// `vectors[i][g]`: component `g` of eigenvector `i`.
+    pub vectors: Vec<Vec<c64>>,
+}
+
+/// Square root and inverse square root of a positive semi-definite matrix.
+#[derive(Debug, Clone)]
+pub struct PsdRoots {
+    /// `A^{1/2}` with floored eigenvalues, `[n, n]`.
+    pub root: Matrix<f64>,
+    /// `A^{-1/2}` with floored eigenvalues, `[n, n]`.
+    pub inverse_root: Matrix<f64>,
+    /// How many eigenvalues were below the floor.
+    pub floored: usize,
+}
+
+/// Eigendecomposition of a symmetric matrix.
+pub fn symmetric_eigen(matrix: &Matrix<f64>, what: &str) -> Result<Eigen, Error> {
+    let n = matrix.rows();
+    if n == 0 {
+        return Ok(Eigen {
+            values: Vec::new(),
+            vectors: Matrix::zeros(0, 0),
+        });
+    }
+    let eigen = matrix
+        .view()
+        .self_adjoint_eigen(Side::Lower)
+        .map_err(|_| numeric(what, "an eigendecomposition that converges"))?;
+    let (values, vectors) = (eigen.S().column_vector(), eigen.U());
+    Ok(Eigen {
+        values: (0..n).rev().map(|i| values[i]).collect(),
+        vectors: Matrix::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)]),
+    })
+}
+
+/// Eigendecomposition of a Hermitian matrix given by its elements.
+pub fn hermitian_eigen(
+    n: usize,
+    element: impl Fn(usize, usize) -> c64,
+    what: &str,
+) -> Result<HermitianEigen, Error> {
+    let matrix = Mat::<c64>::from_fn(n, n, element);
+    let eigen = matrix
+        .self_adjoint_eigen(Side::Lower)
+        .map_err(|_| numeric(what, "an eigendecomposition that converges"))?;
+    let (values, vectors) = (eigen.S().column_vector(), eigen.U());
+    Ok(HermitianEigen {
+        values: (0..n).rev().map(|i| values[i].re).collect(),
+        vectors: (0..n)
+            .rev()
+            .map(|j| (0..n).map(|i| vectors[(i, j)]).collect())
+            .collect(),
+    })
+}
+
+/// Roots of a positive semi-definite matrix; eigenvalues below `floor` times the largest are raised
+/// to it, so that the inverse exists where the data says nothing. A zero matrix counts as identity.
+pub fn psd_roots(matrix: &Matrix<f64>, floor: f64, what: &str) -> Result<PsdRoots, Error> {
+    let n = matrix.rows();
+    let eigen = symmetric_eigen(matrix, what)?;
+    let largest = eigen.values.first().copied().unwrap_or(0.0);
+    if largest <= 0.0 {
+        return Ok(PsdRoots {
+            root: Matrix::identity(n),
+            inverse_root: Matrix::identity(n),
+            floored: n,
+        });
+    }
+    let least = floor * largest;
+    let floored = eigen.values.iter().filter(|&&x| x < least).count();
+    let roots: Vec<f64> = eigen.values.iter().map(|x| x.max(least).sqrt()).collect();
+    let rebuild = |f: &dyn Fn(f64) -> f64| {
+        let scaled = Matrix::from_fn(n, n, |i, j| eigen.vectors[(i, j)] * f(roots[j]));
+        let mut result = scaled.times_transposed(&eigen.vectors);
+        result.symmetrise();
+        result
+    };
+    Ok(PsdRoots {
+        root: rebuild(&|x| x),
+        inverse_root: rebuild(&|x| 1.0 / x),
+        floored,
+    })
+}
+
+/// Splits `e` `[r, n]` (full row rank) into `lower * q` with orthonormal rows `q` `[r, n]` and
+/// `lower` `[r, r]`.
+pub fn orthonormal_rows(e: &Matrix<f64>) -> (Matrix<f64>, Matrix<f64>) {
+    if e.rows() == 0 {
+        return (Matrix::zeros(0, 0), Matrix::zeros(0, e.cols()));
+    }
+    let qr = e.view().transpose().qr();
+    let (q, r) = (qr.compute_thin_Q(), qr.thin_R());
+    let size = e.rows();
+    let lower = Matrix::from_fn(size, size, |i, j| if j <= i { r[(j, i)] } else { 0.0 });
+    (lower, Matrix::from_view(q.as_ref().transpose()))
+}
+
+/// Solves `(gram + ridge I) x = right` for a symmetric positive semi-definite `gram` `[n, n]` and
+/// `right` `[n, m]`.
+pub fn ridge_solve(
+    gram: &Matrix<f64>,
+    ridge: f64,
+    right: &Matrix<f64>,
+    what: &str,
+) -> Result<Matrix<f64>, Error> {
+    let n = gram.rows();
+    let mut system = gram.clone();
+    for i in 0..n {
+        system[(i, i)] += ridge;
+    }
+    let factor = system.view().llt(Side::Lower).map_err(|_| {
+        numeric(
+            what,
+            "normal equations that are positive definite (raise the ridge)",
+        )
+    })?;
+    let solution = factor.solve(right.view());
+    Ok(Matrix::from_view(solution.as_ref()))
+}

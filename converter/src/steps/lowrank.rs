@@ -1,0 +1,223 @@
+//! Step 4: joint low rank of the plain key components and the values, in the metric of the
+//! layer's output.
+//!
+//! With `n = plain @ s` and v the values, factor `y = [A_q^{1/2} n ; beta A_v^{1/2} v]`:
+//! `A_q = sum_h E[q~_h q~_h^T]` weighs what scores see (`q~_h` the plain queries, scaled by how
+//! much an error of head h's scores moves the output), `A_v = blockdiag_g sum_{h in g} W_o,h^T
+//! W_o,h` what the output sees. The principal components V of `E_w[y y^T]` (uncentred) give the
+//! latent `c = V_r^T y`; the decoders are `n^ = A_q^{-1/2} V_n c` and `v^ = A_v^{-1/2} V_v c / beta`.
+//! The latent is turned so that its encoder has orthonormal rows, which keeps the cached numbers
+//! in the range of keys and values.
+
+use serde::{Deserialize, Serialize};
+
+use super::absorb::Split;
+use crate::error::Error;
+use crate::layer::{AttentionShape, LayerFactors, RankChoice};
+use crate::linalg::{Matrix, PsdRoots, orthonormal_rows, psd_roots, symmetric_eigen};
+use crate::statistics::LayerStatistics;
+
+/// Metric in which the low rank is taken.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum Metric {
+    /// What scores and outputs see.
+    Output,
+    /// Keys and values as they are; keys scaled so that both have the same mean column norm
+    /// (`TransMLA`'s balanced KV).
+    BalancedPlain,
+    /// Keys and values as they are.
+    Plain,
+}
+
+/// Which queries stand for the layer's queries.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub enum QueryWeights {
+    /// Every token's, all heads alike.
+    Plain,
+    /// Every token's, heads weighted by `alpha_h`.
+    Alpha,
+    /// Sampled rows, weighted by how much an error of their scores moves the output.
+    Sensitivity,
+}
+
+/// Eigenvalues of the metrics below this fraction of the largest are raised to it.
+pub const METRIC_FLOOR: f64 = 1e-7;
+
+/// Everything of the factorisation that does not depend on beta.
+#[derive(Debug, Clone)]
+pub struct JointProblem {
+    /// `[A_q^{1/2} plain ; A_v^{1/2} [0 I]]`, `[n + G*d, 2*G*d]`.
+    transform: Matrix<f64>,
+    /// `E_w[y y^T]` at beta 1.
+    moment: Matrix<f64>,
+    key_roots: PsdRoots,
+    value_roots: PsdRoots,
+    plain: usize,
+}
+
+/// The query moment `E[q q^T]` `[d, d]` of every head in the chosen weights.
+pub fn query_moments(statistics: &LayerStatistics, weights: QueryWeights) -> Vec<Matrix<f64>> {
+    let tokens = statistics.tokens.max(1) as f64;
+    statistics
+        .heads
+        .iter()
+        .map(|head| {
+            let (source, factor) = match weights {
+                QueryWeights::Plain => (&head.query, 1.0 / tokens),
+                QueryWeights::Alpha => (&head.query, head.alpha() / tokens),
+                QueryWeights::Sensitivity if head.p2 > 0.0 => {
+                    (&head.query_sensitive, 1.0 / head.p2)
+                }
+                QueryWeights::Sensitivity => (&head.query, 0.0),
+            };
+            let mut moment = source.clone();
+            moment.scale(factor);
+            moment
+        })
+        .collect()
+}
+
+/// `E|q[h,l]|^2` by `[h][l]` of query moments.
+pub fn query_energy(shape: &AttentionShape, moments: &[Matrix<f64>]) -> Vec<Vec<f64>> {
+    let half = shape.frequencies();
+    moments
+        .iter()
+        .map(|m| {
+            (0..half)
+                .map(|l| m[(l, l)] + m[(l + half, l + half)])
+                .collect()
+        })
+        .collect()
+}
+
+impl JointProblem {
+    /// Builds the problem from a split layer, the weighted moment of `s` and the query moments.
+    pub fn new(
+        statistics: &LayerStatistics,
+        split: &Split,
+        moment: &Matrix<f64>,
+        queries: &[Matrix<f64>],
+        metric: Metric,
+    ) -> Result<Self, Error> {
+        let shape = statistics.attention.shape;
+        let (plain, n) = (split.plain.rows(), shape.kv_width());
+        let (key_roots, value_roots) = match metric {
+            Metric::Output => {
+                let mut a_q = Matrix::zeros(plain, plain);
+                for (m, q) in split.plain_query.iter().zip(queries) {
+                    a_q.add_scaled(&m.congruence(q), statistics.attention.scale.powi(2));
+                }
+                let mut a_v = Matrix::zeros(n, n);
+                for (h, head) in statistics.heads.iter().enumerate() {
+                    let start = shape.group_of(h) * shape.head_dim;
+                    for i in 0..shape.head_dim {
+                        for j in 0..shape.head_dim {
+                            a_v[(start + i, start + j)] += head.output_metric[(i, j)];
+                        }
+                    }
+                }
+                (
+                    psd_roots(&a_q, METRIC_FLOOR, "metric of the queries")?,
+                    psd_roots(&a_v, METRIC_FLOOR, "metric of o_proj")?,
+                )
+            }
+            Metric::BalancedPlain => {
+                let keys = split.plain.congruence(moment);
+                let mean_norm = |values: &mut dyn Iterator<Item = f64>, count: usize| {
+                    values.map(|x| x.max(0.0).sqrt()).sum::<f64>() / count.max(1) as f64
+                };
+                let key_norm = mean_norm(&mut (0..plain).map(|i| keys[(i, i)]), plain);
+                let value_norm = mean_norm(&mut (n..2 * n).map(|i| moment[(i, i)]), n);
+                let ratio = if key_norm > 0.0 && value_norm > 0.0 {
+                    key_norm / value_norm
+                } else {
+                    1.0
+                };
+                (scaled_identity(plain, 1.0 / ratio), scaled_identity(n, 1.0))
+            }
+            Metric::Plain => (scaled_identity(plain, 1.0), scaled_identity(n, 1.0)),
+        };
+        let mut values = Matrix::zeros(n, 2 * n);
+        for i in 0..n {
+            values.row_mut(i)[n..].copy_from_slice(value_roots.root.row(i));
+        }
+        let transform = key_roots.root.times(&split.plain).stack(&values);
+        let moment = transform.congruence(moment);
+        Ok(Self {
+            transform,
+            moment,
+            key_roots,
+            value_roots,
+            plain,
+        })
+    }
+
+    /// How many eigenvalues of the two metrics were raised to the floor.
+    pub fn floored(&self) -> usize {
+        self.key_roots.floored + self.value_roots.floored
+    }
+
+    /// The factorisation at one beta, and all eigenvalues of `E_w[y y^T]` (largest first).
+    pub fn solve(
+        &self,
+        shape: &AttentionShape,
+        split: &Split,
+        ranks: RankChoice,
+        beta: f64,
+    ) -> Result<(LayerFactors, Vec<f64>), Error> {
+        let (plain, r, d) = (self.plain, ranks.kv_lora_rank, shape.head_dim);
+        let weight = |i: usize| if i < plain { 1.0 } else { beta };
+        let size = self.moment.rows();
+        let weighted = Matrix::from_fn(size, size, |i, j| {
+            self.moment[(i, j)] * weight(i) * weight(j)
+        });
+        let eigen = symmetric_eigen(&weighted, "joint second moment of keys and values")?;
+        let basis = eigen.vectors.col_range(0, r);
+
+        // c = V_r^T y, then turned to orthonormal encoder rows: E = L Q, c' = Q s, decoders times L.
+        let scaled = Matrix::from_fn(size, r, |i, j| basis[(i, j)] * weight(i));
+        let encoder = scaled.transposed_times(&self.transform);
+        let (lower, orthonormal) = orthonormal_rows(&encoder);
+        let key_decoder = self
+            .key_roots
+            .inverse_root
+            .times(&basis.row_range(0, plain))
+            .times(&lower);
+        let mut value_decoder = self
+            .value_roots
+            .inverse_root
+            .times(&basis.row_range(plain, size))
+            .times(&lower);
+        value_decoder.scale(1.0 / beta);
+
+        let factors = LayerFactors {
+            shape: *shape,
+            ranks,
+            encoder: orthonormal.stack(&split.rotary),
+            w_uk: split
+                .plain_query
+                .iter()
+                .map(|m| m.transposed_times(&key_decoder))
+                .collect(),
+            w_uv: (0..shape.query_heads)
+                .map(|h| {
+                    value_decoder.row_range(shape.group_of(h) * d, (shape.group_of(h) + 1) * d)
+                })
+                .collect(),
+            q_rope: split.rotary_query.clone(),
+            inv_freq: split.inv_freq.clone(),
+            o: None,
+            o_bias: None,
+        };
+        Ok((factors, eigen.values))
+    }
+}
+
+fn scaled_identity(n: usize, factor: f64) -> PsdRoots {
+    let diagonal = |x: f64| Matrix::from_fn(n, n, |i, j| if i == j { x } else { 0.0 });
+    PsdRoots {
+        root: diagonal(factor),
+        inverse_root: diagonal(1.0 / factor),
+        floored: 0,
+    }
+}
