@@ -1,0 +1,363 @@
+//! Finding the libraries that mlac loads at run time.
+//!
+//! Order: the component's own variable (which must then be right: a wrong one is refused, not
+//! passed over), `MLAC_RUNTIME_DIR`, `runtime/` beside the program, `target/runtime` above the
+//! program and above the current folder, Python's wheels, the loader's folders.
+
+use std::env;
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use mlac_model::Refusal;
+
+/// A library that mlac can load.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Library {
+    /// `libonnxruntime.so`
+    OnnxRuntime,
+    /// `libtensorrt_rtx.so.1`
+    TensorRtRtx,
+    /// `libtensorrt_onnxparser_rtx.so.1`
+    TensorRtRtxParser,
+    /// `libmlac_trt_shim.so`, compiled by `cargo xtask setup`
+    TensorRtShim,
+    /// `libnvinfer.so.11`: enterprise TensorRT, for datacenter GPUs
+    TensorRtEnterprise,
+    /// `libcuda.so.1`: part of the NVIDIA driver
+    CudaDriver,
+    /// `libnvrtc.so`: compiles CUDA sources at run time
+    Nvrtc,
+}
+
+/// Where a library was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Found {
+    /// The file.
+    pub path: PathBuf,
+    /// Why that one: the variable, or the kind of place.
+    pub reason: &'static str,
+}
+
+/// What a search came to.
+#[derive(Debug, Clone)]
+pub struct Search {
+    /// What was looked for.
+    pub library: Library,
+    /// The first match.
+    pub found: Option<Found>,
+    /// Every place looked at, in order.
+    pub looked: Vec<PathBuf>,
+}
+
+struct Facts {
+    title: &'static str,
+    /// Names a file or a folder.
+    variable: &'static str,
+    /// Folder under `target/runtime`.
+    runtime: &'static str,
+    /// Folders under `site-packages`.
+    wheels: &'static [&'static str],
+    /// Exact file name first; a version may follow it.
+    file: &'static str,
+    needed: &'static str,
+    fix: &'static str,
+}
+
+const SETUP: &str = "run `cargo xtask setup` in mlac's checkout";
+
+impl Library {
+    /// Every library, in the order in which `doctor` lists them.
+    pub const ALL: [Self; 7] = [
+        Self::OnnxRuntime,
+        Self::TensorRtRtx,
+        Self::TensorRtRtxParser,
+        Self::TensorRtShim,
+        Self::TensorRtEnterprise,
+        Self::CudaDriver,
+        Self::Nvrtc,
+    ];
+
+    const fn facts(self) -> Facts {
+        match self {
+            Self::OnnxRuntime => Facts {
+                title: "ONNX Runtime",
+                variable: "MLAC_ONNXRUNTIME",
+                runtime: "onnxruntime",
+                wheels: &["onnxruntime/capi"],
+                file: "libonnxruntime.so",
+                needed: "libonnxruntime.so 1.24 or later",
+                fix: "run `cargo xtask setup` in mlac's checkout, or `pip install onnxruntime==1.31.1`, \
+                      or set MLAC_ONNXRUNTIME to the library",
+            },
+            Self::TensorRtRtx => Facts {
+                title: "TensorRT for RTX",
+                variable: "MLAC_TENSORRT_RTX",
+                runtime: "tensorrt_rtx",
+                wheels: &["tensorrt_rtx_libs"],
+                file: "libtensorrt_rtx.so.1",
+                needed: "libtensorrt_rtx.so.1, version 1.7",
+                fix: "run `cargo xtask setup` in mlac's checkout, or `pip install tensorrt-rtx-cu13-libs==1.7.1.116`, \
+                      or set MLAC_TENSORRT_RTX to the folder of the library",
+            },
+            Self::TensorRtRtxParser => Facts {
+                title: "TensorRT for RTX, ONNX parser",
+                variable: "MLAC_TENSORRT_RTX",
+                runtime: "tensorrt_rtx",
+                wheels: &["tensorrt_rtx_libs"],
+                file: "libtensorrt_onnxparser_rtx.so.1",
+                needed: "libtensorrt_onnxparser_rtx.so.1, version 1.7",
+                fix: "as for TensorRT for RTX: both libraries come together",
+            },
+            Self::TensorRtShim => Facts {
+                title: "TensorRT shim",
+                variable: "MLAC_TENSORRT_SHIM",
+                runtime: "tensorrt_shim",
+                wheels: &[],
+                file: "libmlac_trt_shim.so",
+                needed: "libmlac_trt_shim.so, compiled from engines/shim/shim.cpp",
+                fix: SETUP,
+            },
+            Self::TensorRtEnterprise => Facts {
+                title: "TensorRT (enterprise)",
+                variable: "MLAC_TENSORRT",
+                runtime: "tensorrt",
+                wheels: &["tensorrt_libs"],
+                file: "libnvinfer.so.11",
+                needed: "libnvinfer.so.11, for datacenter GPUs (sm90, sm100)",
+                fix: "install NVIDIA TensorRT 11 and set MLAC_TENSORRT to its lib folder",
+            },
+            Self::CudaDriver => Facts {
+                title: "CUDA driver",
+                variable: "MLAC_CUDA_DRIVER",
+                runtime: "cuda",
+                wheels: &[],
+                file: "libcuda.so.1",
+                needed: "libcuda.so.1 and an NVIDIA GPU, to run engines (building them needs neither)",
+                fix: "install the NVIDIA driver; in a container, start it with GPU access",
+            },
+            Self::Nvrtc => Facts {
+                title: "NVRTC",
+                variable: "MLAC_NVRTC",
+                runtime: "nvrtc",
+                wheels: &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
+                file: "libnvrtc.so",
+                needed: "libnvrtc.so of CUDA 12 or 13, to compile mlac's own kernels",
+                fix: "`pip install nvidia-cuda-nvrtc`, or set MLAC_NVRTC to the library",
+            },
+        }
+    }
+
+    /// The name a person knows it by.
+    pub fn title(self) -> &'static str {
+        self.facts().title
+    }
+
+    /// What mlac needs of it, and for what.
+    pub fn needed(self) -> &'static str {
+        self.facts().needed
+    }
+
+    /// How to get it.
+    pub fn fix(self) -> &'static str {
+        self.facts().fix
+    }
+}
+
+impl Search {
+    /// The library's file.
+    ///
+    /// # Errors
+    /// Found / needed / fix, with the places that were looked at.
+    pub fn require(self) -> Result<PathBuf, Refusal> {
+        let Some(found) = self.found else {
+            let facts = self.library.facts();
+            let places: Vec<String> = self
+                .looked
+                .iter()
+                .map(|place| place.display().to_string())
+                .collect();
+            return Err(Refusal::new(
+                facts.title,
+                facts.needed,
+                format!("none in {} places ({})", places.len(), places.join(", ")),
+                facts.fix,
+            ));
+        };
+        Ok(found.path)
+    }
+}
+
+/// Looks for a library with this process's variables, program and current folder.
+///
+/// # Errors
+/// When the library's own variable is set and names nothing usable.
+pub fn library(library: Library) -> Result<Search, Refusal> {
+    search(library, &Surroundings::of_this_process())
+}
+
+/// The parts of the process that a search depends on.
+#[derive(Debug, Default)]
+pub(crate) struct Surroundings {
+    pub(crate) variables: Vec<(String, OsString)>,
+    pub(crate) program: Option<PathBuf>,
+    pub(crate) current: Option<PathBuf>,
+}
+
+impl Surroundings {
+    fn of_this_process() -> Self {
+        let variables = env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value)))
+            .collect();
+        Self {
+            variables,
+            program: env::current_exe().ok(),
+            current: env::current_dir().ok(),
+        }
+    }
+
+    fn variable(&self, name: &str) -> Option<PathBuf> {
+        self.variables
+            .iter()
+            .find(|(found, value)| found == name && !value.is_empty())
+            .map(|(_, value)| PathBuf::from(value))
+    }
+}
+
+pub(crate) fn search(library: Library, around: &Surroundings) -> Result<Search, Refusal> {
+    let facts = library.facts();
+    let mut search = Search {
+        library,
+        found: None,
+        looked: Vec::new(),
+    };
+    if let Some(named) = around.variable(facts.variable) {
+        let path = if named.is_dir() {
+            match_in(&named, facts.file)
+        } else {
+            Some(named.clone())
+        };
+        let Some(path) = path.filter(|path| path.is_file()) else {
+            return Err(Refusal::new(
+                format!("variable {}", facts.variable),
+                format!("{}, or a folder with it", facts.needed),
+                format!("{} (no such file in it or there)", named.display()),
+                format!("correct or unset {}", facts.variable),
+            ));
+        };
+        search.found = Some(Found {
+            path,
+            reason: facts.variable,
+        });
+        return Ok(search);
+    }
+    for (folder, reason) in places(&facts, around) {
+        if search.looked.contains(&folder) {
+            continue;
+        }
+        if let Some(path) = match_in(&folder, facts.file) {
+            search.found = Some(Found { path, reason });
+            return Ok(search);
+        }
+        search.looked.push(folder);
+    }
+    Ok(search)
+}
+
+/// The folders to look in, in order.
+fn places(facts: &Facts, around: &Surroundings) -> Vec<(PathBuf, &'static str)> {
+    let mut places = Vec::new();
+    if let Some(folder) = around.variable("MLAC_RUNTIME_DIR") {
+        places.push((folder.join(facts.runtime), "MLAC_RUNTIME_DIR"));
+    }
+    if let Some(beside) = around.program.as_deref().and_then(Path::parent) {
+        places.push((
+            beside.join("runtime").join(facts.runtime),
+            "beside the program",
+        ));
+    }
+    for start in [&around.program, &around.current].into_iter().flatten() {
+        for above in start.ancestors() {
+            // Only where a `target/runtime` exists: the list of places stays readable.
+            let runtime = above.join("target").join("runtime");
+            if runtime.is_dir() {
+                places.push((runtime.join(facts.runtime), "target/runtime"));
+            }
+        }
+    }
+    for packages in site_packages(around) {
+        for wheel in facts.wheels {
+            places.push((packages.join(wheel), "Python wheel"));
+        }
+    }
+    if let Some(paths) = around.variable("LD_LIBRARY_PATH") {
+        places.extend(env::split_paths(&paths).map(|path| (path, "LD_LIBRARY_PATH")));
+    }
+    for folder in [
+        "/usr/lib/x86_64-linux-gnu",
+        "/usr/lib64",
+        "/usr/lib",
+        "/usr/local/lib",
+        "/usr/local/cuda/lib64",
+        "/usr/local/nvidia/lib64",
+    ] {
+        places.push((folder.into(), "system"));
+    }
+    places
+}
+
+/// Python's package folders, without running Python.
+fn site_packages(around: &Surroundings) -> Vec<PathBuf> {
+    let mut folders = Vec::new();
+    if let Some(paths) = around.variable("PYTHONPATH") {
+        folders.extend(env::split_paths(&paths));
+    }
+    let mut prefixes: Vec<PathBuf> = ["VIRTUAL_ENV", "CONDA_PREFIX"]
+        .iter()
+        .filter_map(|name| around.variable(name))
+        .collect();
+    if let Some(home) = around.variable("HOME") {
+        prefixes.push(home.join(".local"));
+    }
+    prefixes.push("/usr/local".into());
+    prefixes.push("/usr".into());
+    for prefix in prefixes {
+        let library = prefix.join("lib");
+        let mut versions: Vec<PathBuf> = fs::read_dir(&library)
+            .into_iter()
+            .flatten()
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .filter(|path| {
+                path.file_name()
+                    .and_then(|name| name.to_str())
+                    .is_some_and(|name| name.starts_with("python3"))
+            })
+            .collect();
+        versions.sort();
+        for version in versions {
+            folders.extend(
+                ["site-packages", "dist-packages"]
+                    .iter()
+                    .map(|kind| version.join(kind))
+                    .filter(|path| path.is_dir()),
+            );
+        }
+    }
+    folders
+}
+
+/// `file` in `folder`, else the highest-sorting `file.<version>`.
+fn match_in(folder: &Path, file: &str) -> Option<PathBuf> {
+    let exact = folder.join(file);
+    if exact.is_file() {
+        return Some(exact);
+    }
+    let versioned = format!("{file}.");
+    fs::read_dir(folder)
+        .ok()?
+        .filter_map(|entry| entry.ok()?.file_name().into_string().ok())
+        .filter(|name| name.starts_with(&versioned))
+        .max()
+        .map(|name| folder.join(name))
+        .filter(|path| path.is_file())
+}

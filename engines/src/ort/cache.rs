@@ -1,0 +1,254 @@
+//! The cache of a decoder graph, discovered from the names and shapes of its inputs.
+
+use mlac_model::Refusal;
+use serde::{Deserialize, Serialize};
+
+use super::session::{OrtSession, Port};
+use super::tensor::{Element, HostTensor, Value};
+use crate::error::Result;
+
+/// What a layer caches per token.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", tag = "kind")]
+pub enum CacheKind {
+    /// Keys and values, each `[batch, heads, past, width]`.
+    KeyValue {
+        /// Key and value heads.
+        heads: usize,
+        /// Numbers per key.
+        key_width: usize,
+        /// Numbers per value.
+        value_width: usize,
+    },
+    /// One latent row `[batch, past, width]` shared by all heads: r + d_r numbers.
+    Latent {
+        /// Numbers per token.
+        width: usize,
+    },
+}
+
+/// One layer's cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CacheLayout {
+    /// Index of the layer in the model.
+    pub layer: usize,
+    /// What it caches.
+    #[serde(flatten)]
+    pub kind: CacheKind,
+}
+
+impl CacheLayout {
+    /// Numbers that the layer caches per token.
+    pub fn numbers_per_token(&self) -> usize {
+        match self.kind {
+            CacheKind::KeyValue {
+                heads,
+                key_width,
+                value_width,
+            } => heads * (key_width + value_width),
+            CacheKind::Latent { width } => width,
+        }
+    }
+}
+
+/// One cache tensor: an input of the graph, and the output that replaces it.
+#[derive(Debug, Clone)]
+pub(super) struct CachePort {
+    layer: usize,
+    part: Part,
+    pub(super) input: String,
+    pub(super) output: String,
+    element: Element,
+    /// Fixed sizes after the batch axis, without the past axis.
+    sizes: Vec<usize>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    Key,
+    Value,
+    Latent,
+}
+
+impl Part {
+    /// The axis of past tokens.
+    fn past_axis(self) -> usize {
+        match self {
+            Self::Key | Self::Value => 2,
+            Self::Latent => 1,
+        }
+    }
+}
+
+/// Layer, part and output name of a cache input; `None` for any other input.
+fn parse(name: &str) -> Option<(usize, Part, String)> {
+    if let Some(layer) = name.strip_prefix("past_latent.") {
+        return Some((
+            layer.parse().ok()?,
+            Part::Latent,
+            format!("present_latent.{layer}"),
+        ));
+    }
+    let (layer, part) = name.strip_prefix("past_key_values.")?.split_once('.')?;
+    let kind = match part {
+        "key" => Part::Key,
+        "value" => Part::Value,
+        _ => return None,
+    };
+    Some((layer.parse().ok()?, kind, format!("present.{layer}.{part}")))
+}
+
+/// The cache tensors of a graph, in the order of its inputs.
+pub(super) fn ports(session: &OrtSession) -> Result<Vec<CachePort>> {
+    let mut found = Vec::new();
+    for port in session.inputs() {
+        let Some((layer, part, output)) = parse(&port.name) else {
+            continue;
+        };
+        if !session
+            .outputs()
+            .iter()
+            .any(|candidate| candidate.name == output)
+        {
+            return Err(refusal(
+                session,
+                port,
+                format!("an output {output} to replace it"),
+                "none",
+            )
+            .into());
+        }
+        found.push(CachePort {
+            layer,
+            part,
+            input: port.name.clone(),
+            output,
+            element: port.element,
+            sizes: sizes(session, port, part)?,
+        });
+    }
+    if found.is_empty() {
+        return Err(Refusal::new(
+            session.subject(),
+            "inputs past_key_values.{i}.key and .value, or past_latent.{i}",
+            "none",
+            "pass the folder that `mlac export` wrote",
+        )
+        .into());
+    }
+    Ok(found)
+}
+
+fn sizes(session: &OrtSession, port: &Port, part: Part) -> Result<Vec<usize>> {
+    let rank = if part == Part::Latent { 3 } else { 4 };
+    let sizes: Option<Vec<usize>> = port
+        .dims
+        .iter()
+        .enumerate()
+        .filter(|(axis, _)| *axis != 0 && *axis != part.past_axis())
+        .map(|(_, dim)| dim.fixed())
+        .collect();
+    match sizes {
+        Some(sizes) if port.dims.len() == rank => Ok(sizes),
+        _ => Err(refusal(
+            session,
+            port,
+            format!("{rank} axes, of which only batch and past vary"),
+            &format!("{:?}", port.dims),
+        )
+        .into()),
+    }
+}
+
+fn refusal(session: &OrtSession, port: &Port, expected: String, found: &str) -> Refusal {
+    Refusal::new(
+        format!("{}: input {}", session.subject(), port.name),
+        expected,
+        found,
+        "export the model with `mlac export`",
+    )
+}
+
+impl CachePort {
+    /// A cache without tokens.
+    pub(super) fn empty(&self, batch: usize) -> Result<Value> {
+        let mut shape = vec![batch];
+        shape.extend(&self.sizes);
+        shape.insert(self.part.past_axis(), 0);
+        Value::new(HostTensor::zeros(self.element, shape))
+    }
+
+    /// Tokens in a cache tensor.
+    pub(super) fn tokens(&self, value: &Value) -> usize {
+        value
+            .shape()
+            .get(self.part.past_axis())
+            .copied()
+            .unwrap_or(0)
+    }
+}
+
+/// Per layer, in layer order.
+pub(super) fn layouts(ports: &[CachePort]) -> Vec<CacheLayout> {
+    let mut layers: Vec<usize> = ports.iter().map(|port| port.layer).collect();
+    layers.sort_unstable();
+    layers.dedup();
+    layers
+        .into_iter()
+        .map(|layer| {
+            let width = |part| {
+                ports
+                    .iter()
+                    .find(|port| port.layer == layer && port.part == part)
+                    .map(|port| {
+                        (
+                            port.sizes.first().copied().unwrap_or(0),
+                            port.sizes.last().copied().unwrap_or(0),
+                        )
+                    })
+            };
+            let kind = match width(Part::Latent) {
+                Some((_, width)) => CacheKind::Latent { width },
+                None => {
+                    let (heads, key_width) = width(Part::Key).unwrap_or_default();
+                    CacheKind::KeyValue {
+                        heads,
+                        key_width,
+                        value_width: width(Part::Value).unwrap_or_default().1,
+                    }
+                }
+            };
+            CacheLayout { layer, kind }
+        })
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_cache_inputs_are_taken() {
+        for (name, expected) in [
+            (
+                "past_key_values.3.key",
+                Some((3, Part::Key, "present.3.key")),
+            ),
+            (
+                "past_key_values.12.value",
+                Some((12, Part::Value, "present.12.value")),
+            ),
+            ("past_latent.0", Some((0, Part::Latent, "present_latent.0"))),
+            ("past_latent.x", None),
+            ("past_key_values.3.keys", None),
+            ("past_key_values.key", None),
+            ("input_ids", None),
+        ] {
+            let found = parse(name);
+            let found = found
+                .as_ref()
+                .map(|(layer, part, output)| (*layer, *part, output.as_str()));
+            assert_eq!(found, expected, "{name}");
+        }
+    }
+}

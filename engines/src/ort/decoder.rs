@@ -1,0 +1,313 @@
+//! A decoder with its cache: token ids in, logits out.
+
+use std::borrow::Cow;
+use std::path::{Path, PathBuf};
+
+use mlac_model::Refusal;
+
+use super::cache::{self, CacheLayout, CachePort};
+use super::session::{OrtSession, SessionOptions};
+use super::tensor::{Element, HostTensor, Value};
+use crate::error::Result;
+
+/// The graph for one token at a time (absorbed, in MLA layers) and for everything when it is alone.
+const DECODER: &str = "decoder.onnx";
+/// The graph for many tokens at once (expanded heads), when the folder has one.
+const PREFILL: &str = "prefill.onnx";
+
+/// Logits `[batch, seq, vocab]`, in the runtime's memory.
+pub struct Logits {
+    value: Value,
+}
+
+impl Logits {
+    /// `[batch, seq, vocab]`.
+    pub fn shape(&self) -> [usize; 3] {
+        let shape = self.value.shape();
+        [shape[0], shape[1], shape[2]]
+    }
+
+    /// The logits of one position, `[vocab]`; without a copy when the model computes in f32.
+    ///
+    /// # Panics
+    /// When `batch` or `position` is out of range.
+    pub fn row(&self, batch: usize, position: usize) -> Cow<'_, [f32]> {
+        let [batches, positions, vocab] = self.shape();
+        assert!(
+            batch < batches && position < positions,
+            "no logits ({batch}, {position}) in {:?}",
+            self.shape()
+        );
+        let start = (batch * positions + position) * vocab;
+        match (self.value.as_f32(), self.value.as_f16()) {
+            (Some(data), _) => Cow::Borrowed(&data[start..start + vocab]),
+            (_, Some(data)) => data[start..start + vocab]
+                .iter()
+                .map(|value| value.to_f32())
+                .collect(),
+            _ => Cow::Borrowed(&[]),
+        }
+    }
+
+    /// The logits of the last position, `[vocab]`.
+    pub fn last(&self, batch: usize) -> Cow<'_, [f32]> {
+        self.row(batch, self.shape()[1] - 1)
+    }
+
+    /// The tensor itself.
+    pub fn value(&self) -> &Value {
+        &self.value
+    }
+}
+
+/// A model folder that `mlac export` wrote, ready to decode. The cache never leaves the runtime.
+pub struct Decoder {
+    decode: OrtSession,
+    prefill: Option<OrtSession>,
+    prefill_file: Option<PathBuf>,
+    options: SessionOptions,
+    caches: Vec<CachePort>,
+    held: Vec<Value>,
+    batch: usize,
+    past: usize,
+}
+
+impl Decoder {
+    /// Opens a folder with `decoder.onnx` and perhaps `prefill.onnx`, which is opened when a prompt
+    /// first needs it.
+    pub fn open(folder: &Path, options: &SessionOptions) -> Result<Self> {
+        let prefill = folder.join(PREFILL);
+        let mut decoder = Self::open_file(&folder.join(DECODER), options)?;
+        decoder.prefill_file = prefill.is_file().then_some(prefill);
+        Ok(decoder)
+    }
+
+    /// Opens one graph and uses it for prompts and steps alike.
+    pub fn open_file(file: &Path, options: &SessionOptions) -> Result<Self> {
+        let decode = OrtSession::open(file, options)?;
+        let caches = cache::ports(&decode)?;
+        check_logits(&decode)?;
+        Ok(Self {
+            decode,
+            prefill: None,
+            prefill_file: None,
+            options: *options,
+            caches,
+            held: Vec::new(),
+            batch: 0,
+            past: 0,
+        })
+    }
+
+    /// What each layer caches, from the graph's inputs.
+    pub fn layouts(&self) -> Vec<CacheLayout> {
+        cache::layouts(&self.caches)
+    }
+
+    /// Tokens in the cache.
+    pub fn past(&self) -> usize {
+        self.past
+    }
+
+    /// Sequences decoded side by side; 0 before the first tokens.
+    pub fn batch(&self) -> usize {
+        self.batch
+    }
+
+    /// Forgets all tokens.
+    pub fn reset(&mut self) {
+        self.held.clear();
+        self.batch = 0;
+        self.past = 0;
+    }
+
+    /// Closes the prompt graph, and gives its memory back, until the next prompt.
+    pub fn close_prefill(&mut self) {
+        self.prefill = None;
+    }
+
+    /// Bytes that the cache's tensors hold now, from their actual shapes.
+    pub fn cache_bytes(&self) -> usize {
+        self.held.iter().map(Value::bytes).sum()
+    }
+
+    /// Bytes of cache per token and sequence, measured from the tensors that the graph returned.
+    /// `None` before the first tokens.
+    pub fn cache_bytes_per_token(&self) -> Option<f64> {
+        (self.past > 0).then(|| self.cache_bytes() as f64 / (self.past * self.batch) as f64)
+    }
+
+    /// Appends a prompt of one sequence; logits `[1, ids, vocab]`.
+    pub fn prefill(&mut self, ids: &[i64]) -> Result<Logits> {
+        self.append(&[ids])
+    }
+
+    /// Appends one token to one sequence; logits `[1, 1, vocab]`.
+    pub fn step(&mut self, id: i64) -> Result<Logits> {
+        self.append(&[&[id]])
+    }
+
+    /// Appends one token to each sequence; logits `[batch, 1, vocab]`.
+    pub fn step_batch(&mut self, ids: &[i64]) -> Result<Logits> {
+        let rows: Vec<&[i64]> = ids.iter().map(std::slice::from_ref).collect();
+        self.append(&rows)
+    }
+
+    /// Appends the same number of tokens to each sequence; logits `[batch, seq, vocab]`.
+    ///
+    /// # Errors
+    /// When the sequences differ in length or number, or the runtime fails; the cache is then as
+    /// it was before.
+    pub fn append(&mut self, ids: &[&[i64]]) -> Result<Logits> {
+        let (batch, seq) = self.check_ids(ids)?;
+        let fresh = self.held.is_empty();
+        let held: Vec<Value> = if fresh {
+            self.caches
+                .iter()
+                .map(|port| port.empty(batch))
+                .collect::<Result<_>>()?
+        } else {
+            self.held.clone()
+        };
+        if seq > 1
+            && self.prefill.is_none()
+            && let Some(file) = &self.prefill_file
+        {
+            let session = OrtSession::open(file, &self.options)?;
+            check_logits(&session)?;
+            self.prefill = Some(session);
+        }
+        // A prompt graph without cache inputs can only start a sequence.
+        let can_prefill =
+            |session: &OrtSession| fresh || session.input(&self.caches[0].input).is_some();
+        let session = match &mut self.prefill {
+            Some(session) if seq > 1 && can_prefill(session) => session,
+            _ => &mut self.decode,
+        };
+
+        let total = self.past + seq;
+        let flat: Vec<i64> = ids.concat();
+        let positions: Vec<i64> = (0..batch)
+            .flat_map(|_| self.past as i64..total as i64)
+            .collect();
+        let fixed = [
+            (
+                "input_ids",
+                Value::new(HostTensor::i64([batch, seq], flat))?,
+            ),
+            (
+                "position_ids",
+                Value::new(HostTensor::i64([batch, seq], positions))?,
+            ),
+            (
+                "attention_mask",
+                Value::new(HostTensor::i64([batch, total], vec![1; batch * total]))?,
+            ),
+        ];
+        let inputs: Vec<(&str, &Value)> = fixed
+            .iter()
+            .map(|(name, value)| (*name, value))
+            .chain(
+                self.caches
+                    .iter()
+                    .zip(&held)
+                    .map(|(port, value)| (port.input.as_str(), value)),
+            )
+            .filter(|(name, _)| session.input(name).is_some())
+            .collect();
+        let results = session.run(&inputs)?;
+        drop(inputs);
+
+        let names: Vec<&str> = session
+            .outputs()
+            .iter()
+            .map(|port| port.name.as_str())
+            .collect();
+        let take = |name: &str| -> Result<Value> {
+            names
+                .iter()
+                .position(|candidate| *candidate == name)
+                .map(|index| results[index].clone())
+                .ok_or_else(|| {
+                    Refusal::new(
+                        format!("{}: outputs", session.subject()),
+                        name,
+                        names.join(", "),
+                        "export the model with `mlac export`",
+                    )
+                    .into()
+                })
+        };
+        let next: Vec<Value> = self
+            .caches
+            .iter()
+            .map(|port| take(&port.output))
+            .collect::<Result<_>>()?;
+        for (port, value) in self.caches.iter().zip(&next) {
+            if port.tokens(value) != total || value.shape().first() != Some(&batch) {
+                return Err(Refusal::new(
+                    format!("{}: output {}", session.subject(), port.output),
+                    format!("{batch} sequences of {total} tokens"),
+                    format!("shape {:?}", value.shape()),
+                    "export the model with `mlac export`",
+                )
+                .into());
+            }
+        }
+        let value = take("logits")?;
+        self.held = next;
+        self.batch = batch;
+        self.past = total;
+        Ok(Logits { value })
+    }
+
+    fn check_ids(&self, ids: &[&[i64]]) -> Result<(usize, usize)> {
+        let seq = ids.first().map_or(0, |row| row.len());
+        let refused = |expected: String, found: String| {
+            Err(Refusal::new(
+                "token ids",
+                expected,
+                found,
+                "pass equally long, non-empty sequences of the tokenizer's ids",
+            )
+            .into())
+        };
+        if seq == 0 {
+            return refused("at least one token".into(), "none".into());
+        }
+        if let Some(row) = ids.iter().find(|row| row.len() != seq) {
+            return refused(
+                format!("{seq} tokens in every sequence"),
+                format!("{} tokens in one", row.len()),
+            );
+        }
+        if let Some(id) = ids.iter().flat_map(|row| row.iter()).find(|id| **id < 0) {
+            return refused("ids of the vocabulary".into(), id.to_string());
+        }
+        if self.batch != 0 && self.batch != ids.len() {
+            return refused(
+                format!("{} sequences, as in the cache", self.batch),
+                format!("{} (reset first)", ids.len()),
+            );
+        }
+        Ok((ids.len(), seq))
+    }
+}
+
+/// `logits` must be `[batch, seq, vocab]` of floats.
+fn check_logits(session: &OrtSession) -> Result<()> {
+    let port = session.outputs().iter().find(|port| port.name == "logits");
+    if port.is_some_and(|port| port.dims.len() == 3 && port.element != Element::I64) {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        format!("{}: output logits", session.subject()),
+        "f32 or f16 [batch, seq, vocab]",
+        port.map_or_else(
+            || "no such output".into(),
+            |port| format!("{:?} {:?}", port.element, port.dims),
+        ),
+        "export the model with `mlac export`",
+    )
+    .into())
+}

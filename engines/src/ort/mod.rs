@@ -1,0 +1,13 @@
+//! ONNX Runtime, loaded at run time: sessions, tensors, and a decoder with its cache.
+
+mod cache;
+mod decoder;
+mod library;
+mod session;
+mod tensor;
+
+pub use cache::{CacheKind, CacheLayout};
+pub use decoder::{Decoder, Logits};
+pub use library::{OrtLibrary, load, load_from};
+pub use session::{Dim, Optimization, OrtSession, Port, SessionOptions};
+pub use tensor::{Element, HostData, HostTensor, Value};
