@@ -1,6 +1,7 @@
 //! Checkpoints: opening, reading and writing the weights of a model.
 
 mod expected;
+mod gguf;
 mod map;
 pub mod safetensors;
 mod writer;
@@ -18,7 +19,7 @@ use sha2::{Digest, Sha256};
 pub use expected::expected_tensors;
 pub use writer::CheckpointWriter;
 
-use self::safetensors::Shards;
+use self::{gguf::Gguf, safetensors::Shards};
 use crate::{
     Dtype, Error, ModelConfig, TensorInfo, Tokenizer,
     config::token_ids,
@@ -60,6 +61,7 @@ pub struct Checkpoint {
 #[derive(Debug)]
 enum Weights {
     Safetensors(Shards),
+    Gguf(Gguf),
 }
 
 impl Checkpoint {
@@ -70,7 +72,16 @@ impl Checkpoint {
         let path = path.as_ref();
         let metadata = fs::metadata(path).map_err(|source| Error::io(path, source))?;
         if metadata.is_dir() {
-            return Self::open_folder(path);
+            return match only_gguf(path)? {
+                Some(file) => Self::open_gguf(path, &file),
+                None => Self::open_folder(path),
+            };
+        }
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "gguf")
+        {
+            return Self::open_gguf(path, path);
         }
         Err(Error::refusal(
             path.display().to_string(),
@@ -101,6 +112,13 @@ impl Checkpoint {
             tensors,
             Weights::Safetensors(shards),
         )
+    }
+
+    /// `path` is what the user gave, `file` the GGUF file.
+    fn open_gguf(path: &Path, file: &Path) -> Result<Self, Error> {
+        let (gguf, raw_config, tensors) = Gguf::open(file)?;
+        let config = ModelConfig::from_json(&raw_config, &file.display().to_string())?;
+        Self::new(path, config, raw_config, tensors, Weights::Gguf(gguf))
     }
 
     fn new(
@@ -186,6 +204,7 @@ impl Checkpoint {
         let place = self.place(name)?;
         match &self.weights {
             Weights::Safetensors(shards) => Ok(Cow::Borrowed(shards.bytes(place))),
+            Weights::Gguf(gguf) => gguf.bytes(place, &self.tensors[place]),
         }
     }
 
@@ -213,8 +232,11 @@ impl Checkpoint {
         Ok(format!("{:x}", Sha256::digest(self.bytes(name)?)))
     }
 
-    /// The tokenizer, generation and licence files that lie beside the weights.
+    /// The tokenizer, generation and licence files that lie beside the weights; none for GGUF.
     pub fn side_files(&self) -> Vec<PathBuf> {
+        if matches!(self.weights, Weights::Gguf(_)) {
+            return Vec::new();
+        }
         SIDE_FILES
             .iter()
             .map(|name| self.path.join(name))
@@ -222,10 +244,28 @@ impl Checkpoint {
             .collect()
     }
 
+    /// Name and content of the files that belong beside the weights of a converted model: the
+    /// source's own, or for GGUF `tokenizer.json`, `tokenizer_config.json` and
+    /// `generation_config.json` made from the metadata.
+    pub fn side_contents(&self) -> Result<Vec<(String, Vec<u8>)>, Error> {
+        match &self.weights {
+            Weights::Gguf(gguf) => gguf.side_contents(&self.raw_config),
+            Weights::Safetensors(_) => self
+                .side_files()
+                .iter()
+                .map(|path| {
+                    let name = path.file_name().unwrap_or_default().to_string_lossy();
+                    Ok((name.into_owned(), read_small(path)?))
+                })
+                .collect(),
+        }
+    }
+
     /// The model's tokenizer; it refuses texts with tokens that the model has no embedding for.
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
         let tokenizer = match &self.weights {
             Weights::Safetensors(_) => Tokenizer::from_folder(&self.path)?,
+            Weights::Gguf(gguf) => gguf.tokenizer()?,
         };
         Ok(tokenizer.with_id_limit(self.config.vocab_size))
     }
@@ -257,6 +297,29 @@ impl Checkpoint {
             format!("dtype {}", info.dtype),
             "use a checkpoint with weights of one of these types",
         )
+    }
+}
+
+/// The one `.gguf` file of a folder without safetensors.
+fn only_gguf(folder: &Path) -> Result<Option<PathBuf>, Error> {
+    let mut found: Vec<PathBuf> = Vec::new();
+    for entry in fs::read_dir(folder).map_err(|source| Error::io(folder, source))? {
+        let path = entry.map_err(|source| Error::io(folder, source))?.path();
+        match path.extension().and_then(|extension| extension.to_str()) {
+            Some("safetensors") => return Ok(None),
+            Some("gguf") => found.push(path),
+            _ => {}
+        }
+    }
+    match found.as_slice() {
+        [] => Ok(None),
+        [file] => Ok(Some(file.clone())),
+        files => Err(Error::refusal(
+            folder.display().to_string(),
+            "one .gguf file",
+            format!("{} of them", files.len()),
+            "give the path of the file you mean",
+        )),
     }
 }
 

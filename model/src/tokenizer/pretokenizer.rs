@@ -11,7 +11,7 @@ pub(super) struct PreTokenizer {
     /// A `tokenizer.json` normalizer or null.
     pub(super) normalizer: Value,
     /// A `tokenizer.json` pre-tokenizer.
-    pub(super) pre_tokenizer: Value,
+    pub(super) splits: Value,
     /// Whether a piece that is a token needs no merges.
     pub(super) ignore_merges: bool,
     /// Whether a text begins with the bos token when the file does not say.
@@ -31,7 +31,7 @@ pub(super) const KNOWN: &str = "gpt-2, smollm, starcoder, refact, command-r, qwe
 impl PreTokenizer {
     /// The rules of a kind, if mlac knows them.
     pub(super) fn named(name: &str) -> Option<Self> {
-        let (normalizer, pre_tokenizer, ignore_merges) = match name {
+        let (normalizer, splits, ignore_merges) = match name {
             "gpt-2" => (Value::Null, byte_level(true), false),
             // Every digit apart, then GPT-2's pattern.
             "smollm" | "starcoder" | "refact" | "command-r" => (
@@ -54,7 +54,7 @@ impl PreTokenizer {
         let add_bos = ignore_merges;
         Some(Self {
             normalizer,
-            pre_tokenizer,
+            splits,
             ignore_merges,
             add_bos,
         })

@@ -1,6 +1,6 @@
-//! A SentencePiece BPE vocabulary (Llama 1 and 2, Mistral) as a byte-fallback BPE model.
+//! A `SentencePiece` BPE vocabulary (Llama 1 and 2, Mistral) as a byte-fallback BPE model.
 //!
-//! SentencePiece stores scores, not merges. A merge exists for every way to write a token as two
+//! `SentencePiece` stores scores, not merges. A merge exists for every way to write a token as two
 //! others, and a merge that gives a token of a higher score comes first; this is how transformers
 //! converts such vocabularies.
 
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use super::vocabulary::{TokenKind, Vocabulary};
 use crate::Refusal;
 
-/// What SentencePiece writes for a space.
+/// What `SentencePiece` writes for a space.
 const SPACE: &str = "\u{2581}";
 
 /// Longest token, in bytes: merges cost its square.

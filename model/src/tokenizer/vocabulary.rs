@@ -170,9 +170,9 @@ impl Vocabulary<'_> {
         });
         Ok(self.assemble(
             &rules.normalizer,
-            &rules.pre_tokenizer,
+            &rules.splits,
             &byte_level(true),
-            model,
+            &model,
             self.bos.1.unwrap_or(rules.add_bos),
         ))
     }
@@ -184,7 +184,7 @@ impl Vocabulary<'_> {
             &parts.normalizer,
             &Value::Null,
             &parts.decoder,
-            parts.model,
+            &parts.model,
             bos,
         ))
     }
@@ -194,7 +194,7 @@ impl Vocabulary<'_> {
         normalizer: &Value,
         pre_tokenizer: &Value,
         decoder: &Value,
-        model: Value,
+        model: &Value,
         add_bos: bool,
     ) -> Value {
         let added: Vec<Value> = self
