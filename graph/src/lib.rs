@@ -6,6 +6,7 @@
 
 pub mod error;
 pub mod ir;
+pub mod onnx;
 mod passes;
 pub mod text;
 pub mod validate;

@@ -1,0 +1,318 @@
+//! From the checkpoint's layout and f32 to the graph's layout and type, a few rows at a time.
+
+use std::io;
+
+use half::{f16, slice::HalfFloatSliceExt};
+use mlac_model::Refusal;
+use rayon::prelude::*;
+
+use crate::ir::{DType, Transform, WeightRef};
+
+/// Elements of one piece that is laid out, converted and handed on.
+const PIECE: usize = 2 << 20;
+/// Rows of the output that one task fills: a cache line of the source when it is transposed.
+const TASK_ROWS: usize = 16;
+/// Columns that one task fills before it returns to the first row.
+const TASK_COLS: usize = 128;
+
+/// `out[b, i, j] = source[start + b * matrix + i * row + j * col]`, `b < matrices`, `i < rows`, `j < cols`.
+struct Layout {
+    matrices: usize,
+    rows: usize,
+    cols: usize,
+    start: usize,
+    matrix: usize,
+    row: usize,
+    col: usize,
+}
+
+impl Layout {
+    fn of(weight: &WeightRef) -> Self {
+        let count: usize = weight.source_shape.iter().product();
+        let last = weight.source_shape.last().copied().unwrap_or(1);
+        let rows = count.checked_div(last).unwrap_or(0);
+        match weight.transform {
+            // Long rows would make long pieces, so a contiguous tensor is cut where it suits us.
+            Transform::AsIs => {
+                let cols = if last > PIECE { 1 } else { last };
+                let rows = count.checked_div(cols).unwrap_or(0);
+                Self {
+                    matrices: 1,
+                    rows,
+                    cols,
+                    start: 0,
+                    matrix: 0,
+                    row: cols,
+                    col: 1,
+                }
+            }
+            Transform::Transpose2D => Self {
+                matrices: 1,
+                rows: last,
+                cols: rows,
+                start: 0,
+                matrix: 0,
+                row: 1,
+                col: last,
+            },
+            Transform::KvBKey { heads, d_nope, d_v } => Self {
+                matrices: heads,
+                rows: d_nope,
+                cols: last,
+                start: 0,
+                matrix: (d_nope + d_v) * last,
+                row: last,
+                col: 1,
+            },
+            Transform::KvBValue { heads, d_nope, d_v } => Self {
+                matrices: heads,
+                rows: last,
+                cols: d_v,
+                start: d_nope * last,
+                matrix: (d_nope + d_v) * last,
+                row: 1,
+                col: last,
+            },
+            Transform::HeadTranspose { heads } => Self {
+                matrices: heads,
+                rows: last,
+                cols: rows / heads.max(1),
+                start: 0,
+                matrix: count / heads.max(1),
+                row: 1,
+                col: last,
+            },
+        }
+    }
+
+    /// Fills output rows `first..`, counted over all matrices, as many as fit into `out`.
+    fn fill(&self, source: &[f32], first: usize, out: &mut [f32]) {
+        let cols = self.cols;
+        out.par_chunks_mut(TASK_ROWS * cols)
+            .enumerate()
+            .for_each(|(task, out)| {
+                let first = first + task * TASK_ROWS;
+                let offset = |r: usize| {
+                    let at = first + r;
+                    self.start + at / self.rows * self.matrix + at % self.rows * self.row
+                };
+                if self.col == 1 {
+                    for (r, row) in out.chunks_mut(cols).enumerate() {
+                        row.copy_from_slice(&source[offset(r)..offset(r) + cols]);
+                    }
+                    return;
+                }
+                let offsets: Vec<usize> = (0..out.len() / cols).map(offset).collect();
+                for from in (0..cols).step_by(TASK_COLS) {
+                    let to = (from + TASK_COLS).min(cols);
+                    for j in from..to {
+                        for (r, offset) in offsets.iter().enumerate() {
+                            out[r * cols + j] = source[offset + j * self.col];
+                        }
+                    }
+                }
+            });
+    }
+}
+
+/// Why a tensor could not be handed on.
+pub(super) enum LayoutError {
+    Refused(Refusal),
+    Io(io::Error),
+}
+
+/// Hands the bytes of `weight` to `sink` piece by piece; `source` has the weight's source shape.
+///
+/// Refuses NaN, infinities and numbers that f16 cannot hold.
+pub(super) fn write_weight(
+    weight: &WeightRef,
+    source: &[f32],
+    sink: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+) -> Result<(), LayoutError> {
+    let layout = Layout::of(weight);
+    let rows = layout.matrices * layout.rows;
+    if rows * layout.cols == 0 {
+        return Ok(());
+    }
+    let as_is = weight.transform == Transform::AsIs;
+    let rows_per_piece = (PIECE / layout.cols).clamp(1, rows);
+    let mut numbers = vec![
+        0.0f32;
+        if as_is {
+            0
+        } else {
+            rows_per_piece * layout.cols
+        }
+    ];
+    let mut halves: Vec<f16> = vec![];
+    for first in (0..rows).step_by(rows_per_piece) {
+        let count = rows_per_piece.min(rows - first) * layout.cols;
+        let piece = if as_is {
+            &source[first * layout.cols..][..count]
+        } else {
+            layout.fill(source, first, &mut numbers[..count]);
+            &numbers[..count]
+        };
+        check_finite(weight, piece).map_err(LayoutError::Refused)?;
+        let bytes: &[u8] = if weight.dtype == DType::F16 {
+            halves.resize(count, f16::ZERO);
+            halves
+                .par_chunks_mut(1 << 16)
+                .zip(piece.par_chunks(1 << 16))
+                .for_each(|(out, x)| out.convert_from_f32_slice(x));
+            check_half(weight, piece, &halves).map_err(LayoutError::Refused)?;
+            bytemuck::cast_slice(&halves)
+        } else {
+            bytemuck::cast_slice(piece)
+        };
+        sink(bytes).map_err(LayoutError::Io)?;
+    }
+    Ok(())
+}
+
+fn check_finite(weight: &WeightRef, piece: &[f32]) -> Result<(), Refusal> {
+    match piece
+        .par_chunks(1 << 16)
+        .find_map_any(|c| c.iter().find(|x| !x.is_finite()))
+    {
+        None => Ok(()),
+        Some(x) => Err(Refusal::new(
+            format!("tensor {}", weight.name),
+            "finite numbers",
+            x.to_string(),
+            "check that the file was downloaded and saved completely",
+        )),
+    }
+}
+
+fn check_half(weight: &WeightRef, piece: &[f32], halves: &[f16]) -> Result<(), Refusal> {
+    let overflow = halves
+        .par_iter()
+        .zip(piece)
+        .find_any(|(h, _)| !h.is_finite());
+    match overflow {
+        None => Ok(()),
+        Some((_, x)) => Err(Refusal::new(
+            format!("tensor {}", weight.name),
+            format!("numbers that f16 holds, at most {}", f16::MAX),
+            x.to_string(),
+            "export in f32",
+        )),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn written(weight: &WeightRef, source: &[f32]) -> Vec<u8> {
+        let mut out = vec![];
+        let mut sink = |b: &[u8]| {
+            out.extend_from_slice(b);
+            Ok(())
+        };
+        assert!(write_weight(weight, source, &mut sink).is_ok());
+        out
+    }
+
+    fn weight(shape: [usize; 2], transform: Transform, out: &[usize]) -> WeightRef {
+        WeightRef {
+            name: "w".to_owned(),
+            source_shape: shape.to_vec(),
+            transform,
+            dtype: DType::F32,
+            shape: out.to_vec(),
+        }
+    }
+
+    /// Numbers k/8, all different.
+    fn numbers(n: usize) -> Vec<f32> {
+        (0..n).map(|k| k as f32 / 8.0).collect()
+    }
+
+    #[test]
+    fn transposes_what_is_larger_than_a_piece() {
+        let (out, input) = (2051, 1033);
+        let source = numbers(out * input);
+        let w = weight([out, input], Transform::Transpose2D, &[input, out]);
+        assert!(out * input > PIECE);
+        let bytes = written(&w, &source);
+        let found: &[f32] = bytemuck::cast_slice(&bytes);
+        for i in 0..input {
+            for o in 0..out {
+                assert_eq!(
+                    found[i * out + o].to_bits(),
+                    source[o * input + i].to_bits()
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn splits_kv_b_into_keys_and_transposed_values() {
+        let (heads, d_nope, d_v, r) = (3, 5, 4, 7);
+        let source = numbers(heads * (d_nope + d_v) * r);
+        let shape = [heads * (d_nope + d_v), r];
+        let key = weight(
+            shape,
+            Transform::KvBKey { heads, d_nope, d_v },
+            &[heads, d_nope, r],
+        );
+        let value = weight(
+            shape,
+            Transform::KvBValue { heads, d_nope, d_v },
+            &[heads, r, d_v],
+        );
+        let (key, value) = (written(&key, &source), written(&value, &source));
+        let (key, value): (&[f32], &[f32]) =
+            (bytemuck::cast_slice(&key), bytemuck::cast_slice(&value));
+        for h in 0..heads {
+            for l in 0..r {
+                for i in 0..d_nope {
+                    let expected = source[(h * (d_nope + d_v) + i) * r + l];
+                    assert_eq!(key[(h * d_nope + i) * r + l].to_bits(), expected.to_bits());
+                }
+                for i in 0..d_v {
+                    let expected = source[(h * (d_nope + d_v) + d_nope + i) * r + l];
+                    assert_eq!(value[(h * r + l) * d_v + i].to_bits(), expected.to_bits());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn transposes_every_head() {
+        let (heads, d_r, d) = (3, 2, 5);
+        let source = numbers(heads * d_r * d);
+        let w = weight(
+            [heads * d_r, d],
+            Transform::HeadTranspose { heads },
+            &[heads, d, d_r],
+        );
+        let bytes = written(&w, &source);
+        let found: &[f32] = bytemuck::cast_slice(&bytes);
+        for h in 0..heads {
+            for i in 0..d_r {
+                for j in 0..d {
+                    let expected = source[(h * d_r + i) * d + j];
+                    assert_eq!(found[(h * d + j) * d_r + i].to_bits(), expected.to_bits());
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn refuses_nan_and_what_f16_cannot_hold() {
+        let mut w = weight([1, 2], Transform::AsIs, &[1, 2]);
+        let mut sink = |_: &[u8]| Ok(());
+        let Err(LayoutError::Refused(nan)) = write_weight(&w, &[1.0, f32::NAN], &mut sink) else {
+            panic!("NaN passed");
+        };
+        assert_eq!(nan.found, "NaN");
+        w.dtype = DType::F16;
+        let Err(LayoutError::Refused(large)) = write_weight(&w, &[1.0, 70000.0], &mut sink) else {
+            panic!("70000 passed as f16");
+        };
+        assert_eq!(large.found, "70000");
+    }
+}
