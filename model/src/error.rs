@@ -22,7 +22,7 @@ pub enum Error {
         source: io::Error,
     },
     /// A file that should be JSON is not.
-    #[error("{}: not the JSON this file has to hold: {source}", path.display())]
+    #[error("{}: expected the JSON this file has to hold, found {source}; fix: get the file again", path.display())]
     Json {
         /// The file.
         path: PathBuf,

@@ -90,6 +90,11 @@ impl Dtype {
         )
     }
 
+    /// Whether [`f32_from_bytes`] reads the type: F32, F16 and BF16.
+    pub fn is_weight(self) -> bool {
+        matches!(self, Self::F32 | Self::F16 | Self::BF16)
+    }
+
     /// The name safetensors gives the type.
     pub fn safetensors_name(self) -> &'static str {
         Self::NAMES

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 
-use crate::{Error, MlaEncoder, MlaLayer, ModelConfig, TensorInfo, tensor::shape_text};
+use crate::{Dtype, Error, MlaEncoder, MlaLayer, ModelConfig, TensorInfo, tensor::shape_text};
 
 /// Name and shape of every tensor that a model of this configuration has, in forward order.
 ///
@@ -146,6 +146,14 @@ pub(super) fn check(
                 format!("shape {} as the configuration implies", shape_text(&shape)),
                 format!("shape {}", shape_text(&info.shape)),
                 "check that config.json belongs to these weights",
+            ));
+        }
+        if !info.dtype.is_weight() {
+            return Err(Error::refusal(
+                subject(),
+                format!("dtype {}, {} or {}", Dtype::F32, Dtype::F16, Dtype::BF16),
+                format!("dtype {}", info.dtype),
+                "use a checkpoint with weights of one of these types",
             ));
         }
         used[at] = true;

@@ -173,7 +173,9 @@ impl<'de> Deserialize<'de> for Header {
                     if name == "__metadata__" {
                         map.next_value::<HashMap<String, String>>()?;
                     } else {
-                        let entry = map.next_value()?;
+                        let entry = map.next_value().map_err(|error| {
+                            serde::de::Error::custom(format!("tensor {name}: {error}"))
+                        })?;
                         if entries.contains_key(&name) {
                             return Err(serde::de::Error::custom(format!(
                                 "tensor {name} comes twice in the header"

@@ -47,6 +47,14 @@ impl Gguf {
         let map = Map::open(path)?;
         let file = path.display().to_string();
         let header = Header::read(&map, &file)?;
+        if let Some(parts) = header.integer("split.count")?.filter(|&parts| parts > 1) {
+            return Err(header.refuse(
+                "split.count",
+                "a model in one file",
+                format!("{parts} files"),
+                "join them with llama.cpp's gguf-split --merge",
+            ));
+        }
         let architecture = config::architecture(&header)?;
         let mut factors = None;
         let mut kept = Vec::with_capacity(header.tensors.len());
