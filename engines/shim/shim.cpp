@@ -28,6 +28,7 @@ namespace trt = nvinfer1;
 using LogFunction = void (*)(void* user, int32_t severity, char const* text);
 using CreateBuilder = void* (*) (void* logger, int32_t version);
 using CreateParser = void* (*) (void* network, void* logger, int version);
+using GetRegistry = trt::IPluginRegistry* (*) ();
 
 class Logger : public trt::ILogger
 {
@@ -96,12 +97,6 @@ struct MlacTrtParseError
     char const* nodeOperator;
 };
 
-struct MlacTrtLayer
-{
-    int32_t type;
-    char const* name;
-};
-
 MLAC_EXPORT int32_t mlac_trt_shim_abi()
 {
     return MLAC_TRT_SHIM_ABI;
@@ -111,6 +106,25 @@ MLAC_EXPORT int32_t mlac_trt_shim_abi()
 MLAC_EXPORT int32_t mlac_trt_shim_version()
 {
     return NV_TENSORRT_MAJOR * 10000 + NV_TENSORRT_MINOR * 100 + NV_TENSORRT_PATCH;
+}
+
+// The name of the index-th plugin that TensorRT has registered by itself, or null. A node of such a
+// name must never reach the parser: it would make a plugin layer, which TensorRT for RTX cannot
+// hold, and the process ends.
+MLAC_EXPORT char const* mlac_trt_plugin_name(void* getRegistry, int32_t index)
+{
+    trt::IPluginRegistry* registry = reinterpret_cast<GetRegistry>(getRegistry)();
+    int32_t count = 0;
+    trt::IPluginCreatorInterface* const* creators = registry == nullptr ? nullptr : registry->getAllCreators(&count);
+    if (creators == nullptr || index < 0 || index >= count)
+    {
+        return nullptr;
+    }
+    if (std::strcmp(creators[index]->getInterfaceInfo().kind, "PLUGIN CREATOR_V3ONE") != 0)
+    {
+        return "";
+    }
+    return static_cast<trt::IPluginCreatorV3One const*>(creators[index])->getPluginName();
 }
 
 // Null when TensorRT refuses to make a builder, a network or a parser; the log says why.
@@ -205,17 +219,6 @@ MLAC_EXPORT int32_t mlac_trt_layer_count(Build* build)
     return build->network->getNbLayers();
 }
 
-MLAC_EXPORT int32_t mlac_trt_layer(Build* build, int32_t index, MlacTrtLayer* out)
-{
-    trt::ILayer* layer = build->network->getLayer(index);
-    if (layer == nullptr)
-    {
-        return 0;
-    }
-    *out = {static_cast<int32_t>(layer->getType()), layer->getName()};
-    return 1;
-}
-
 // For an attention input layer: 1 when its attention may be split into primitives, 0 when it must
 // be one fused kernel (the build fails when it cannot be), -1 for any other layer.
 MLAC_EXPORT int32_t mlac_trt_attention_decomposable(Build* build, int32_t index)
@@ -229,8 +232,8 @@ MLAC_EXPORT int32_t mlac_trt_attention_decomposable(Build* build, int32_t index)
     return attention == nullptr ? -1 : (attention->getDecomposable() ? 1 : 0);
 }
 
-// A build configuration for the given compute capabilities (89 for sm89), with one empty profile.
-MLAC_EXPORT Config* mlac_trt_config(Build* build, int32_t const* targets, int32_t count)
+// A build configuration for the given compute capabilities (89 for sm89), without profiles.
+MLAC_EXPORT Config* mlac_trt_config(Build* build, int32_t const* targets, int32_t count, int32_t threads)
 {
     try
     {
@@ -247,9 +250,12 @@ MLAC_EXPORT Config* mlac_trt_config(Build* build, int32_t const* targets, int32_
                 return nullptr;
             }
         }
+        if (!build->builder->setMaxThreads(threads))
+        {
+            return nullptr;
+        }
         result->config->setProfilingVerbosity(trt::ProfilingVerbosity::kDETAILED);
-        result->profile = build->builder->createOptimizationProfile();
-        return result->profile == nullptr ? nullptr : result.release();
+        return result.release();
     }
     catch (...)
     {
@@ -262,11 +268,18 @@ MLAC_EXPORT void mlac_trt_config_free(Config* config)
     delete config;
 }
 
-// Sets one input's smallest, most usual and largest shape.
+// Begins the next profile; 0 when TensorRT refuses.
+MLAC_EXPORT int32_t mlac_trt_profile_begin(Build* build, Config* config)
+{
+    config->profile = build->builder->createOptimizationProfile();
+    return config->profile == nullptr ? 0 : 1;
+}
+
+// Sets one input's smallest, most usual and largest shape in the profile begun last.
 MLAC_EXPORT int32_t mlac_trt_profile_shape(Config* config, char const* input, int32_t rank, int64_t const* smallest,
     int64_t const* usual, int64_t const* largest)
 {
-    if (rank < 0 || rank > trt::Dims::MAX_DIMS)
+    if (config->profile == nullptr || rank < 0 || rank > trt::Dims::MAX_DIMS)
     {
         return 0;
     }
@@ -277,10 +290,12 @@ MLAC_EXPORT int32_t mlac_trt_profile_shape(Config* config, char const* input, in
     return ok ? 1 : 0;
 }
 
-// 1 when the profile is complete and was taken.
+// 1 when the profile begun last is complete and was taken.
 MLAC_EXPORT int32_t mlac_trt_profile_finish(Config* config)
 {
-    return config->profile->isValid() && config->config->addOptimizationProfile(config->profile) >= 0 ? 1 : 0;
+    trt::IOptimizationProfile* profile = config->profile;
+    config->profile = nullptr;
+    return profile != nullptr && profile->isValid() && config->config->addOptimizationProfile(profile) >= 0 ? 1 : 0;
 }
 
 // The serialized engine, or null; the log says why.

@@ -12,5 +12,6 @@ pub mod error;
 pub mod find;
 pub mod ort;
 pub mod parity;
+pub mod tensorrt;
 
 pub use error::{EngineError, Result};

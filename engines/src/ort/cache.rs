@@ -54,7 +54,6 @@ impl CacheLayout {
 /// One cache tensor: an input of the graph, and the output that replaces it.
 #[derive(Debug, Clone)]
 pub(super) struct CachePort {
-    layer: usize,
     part: Part,
     pub(super) input: String,
     pub(super) output: String,
@@ -102,7 +101,7 @@ fn parse(name: &str) -> Option<(usize, Part, String)> {
 pub(super) fn ports(session: &OrtSession) -> Result<Vec<CachePort>> {
     let mut found = Vec::new();
     for port in session.inputs() {
-        let Some((layer, part, output)) = parse(&port.name) else {
+        let Some((_, part, output)) = parse(&port.name) else {
             continue;
         };
         if !session
@@ -119,7 +118,6 @@ pub(super) fn ports(session: &OrtSession) -> Result<Vec<CachePort>> {
             .into());
         }
         found.push(CachePort {
-            layer,
             part,
             input: port.name.clone(),
             output,
@@ -172,9 +170,14 @@ fn refusal(session: &OrtSession, port: &Port, expected: String, found: &str) -> 
 impl CachePort {
     /// A cache without tokens.
     pub(super) fn empty(&self, batch: usize) -> Result<Value> {
+        self.zeros(batch, 0)
+    }
+
+    /// A cache of `tokens` tokens of zeros.
+    pub(super) fn zeros(&self, batch: usize, tokens: usize) -> Result<Value> {
         let mut shape = vec![batch];
         shape.extend(&self.sizes);
-        shape.insert(self.part.past_axis(), 0);
+        shape.insert(self.part.past_axis(), tokens);
         Value::new(HostTensor::zeros(self.element, shape))
     }
 
@@ -188,39 +191,51 @@ impl CachePort {
     }
 }
 
-/// Per layer, in layer order.
-pub(super) fn layouts(ports: &[CachePort]) -> Vec<CacheLayout> {
-    let mut layers: Vec<usize> = ports.iter().map(|port| port.layer).collect();
-    layers.sort_unstable();
-    layers.dedup();
+/// The cache of every layer, in layer order, from a decoder's inputs: name and size of each axis,
+/// `None` where it varies. Other inputs are passed over.
+pub fn cache_layouts<'a>(
+    inputs: impl Iterator<Item = (&'a str, &'a [Option<usize>])>,
+) -> Vec<CacheLayout> {
+    let mut layers: Vec<CacheLayout> = Vec::new();
+    for (name, dims) in inputs {
+        let Some((layer, part, _)) = parse(name) else {
+            continue;
+        };
+        let at = |axis: usize| dims.get(axis).copied().flatten().unwrap_or(0);
+        if part == Part::Latent {
+            layers.push(CacheLayout {
+                layer,
+                kind: CacheKind::Latent { width: at(2) },
+            });
+            continue;
+        }
+        let index = layers
+            .iter()
+            .position(|known| known.layer == layer)
+            .unwrap_or_else(|| {
+                let kind = CacheKind::KeyValue {
+                    heads: at(1),
+                    key_width: 0,
+                    value_width: 0,
+                };
+                layers.push(CacheLayout { layer, kind });
+                layers.len() - 1
+            });
+        if let CacheKind::KeyValue {
+            key_width,
+            value_width,
+            ..
+        } = &mut layers[index].kind
+        {
+            *(if part == Part::Key {
+                key_width
+            } else {
+                value_width
+            }) = at(3);
+        }
+    }
+    layers.sort_unstable_by_key(|layout| layout.layer);
     layers
-        .into_iter()
-        .map(|layer| {
-            let width = |part| {
-                ports
-                    .iter()
-                    .find(|port| port.layer == layer && port.part == part)
-                    .map(|port| {
-                        (
-                            port.sizes.first().copied().unwrap_or(0),
-                            port.sizes.last().copied().unwrap_or(0),
-                        )
-                    })
-            };
-            let kind = match width(Part::Latent) {
-                Some((_, width)) => CacheKind::Latent { width },
-                None => {
-                    let (heads, key_width) = width(Part::Key).unwrap_or_default();
-                    CacheKind::KeyValue {
-                        heads,
-                        key_width,
-                        value_width: width(Part::Value).unwrap_or_default().1,
-                    }
-                }
-            };
-            CacheLayout { layer, kind }
-        })
-        .collect()
 }
 
 #[cfg(test)]

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use mlac_model::Refusal;
 
 use super::cache::{self, CacheLayout, CachePort};
-use super::session::{OrtSession, SessionOptions};
+use super::session::{Dim, OrtSession, SessionOptions};
 use super::tensor::{Element, HostTensor, Value};
 use crate::error::Result;
 
@@ -101,7 +101,18 @@ impl Decoder {
 
     /// What each layer caches, from the graph's inputs.
     pub fn layouts(&self) -> Vec<CacheLayout> {
-        cache::layouts(&self.caches)
+        let inputs: Vec<(&str, Vec<Option<usize>>)> = self
+            .decode
+            .inputs()
+            .iter()
+            .map(|port| {
+                (
+                    port.name.as_str(),
+                    port.dims.iter().map(Dim::fixed).collect(),
+                )
+            })
+            .collect();
+        cache::cache_layouts(inputs.iter().map(|(name, dims)| (*name, dims.as_slice())))
     }
 
     /// Tokens in the cache.
@@ -119,6 +130,19 @@ impl Decoder {
         self.held.clear();
         self.batch = 0;
         self.past = 0;
+    }
+
+    /// Starts `batch` sequences of `tokens` tokens whose cached numbers are all zero. For timing a
+    /// step at a context: the numbers do not change the work.
+    pub fn fill_with_zeros(&mut self, batch: usize, tokens: usize) -> Result<()> {
+        self.held = self
+            .caches
+            .iter()
+            .map(|port| port.zeros(batch, tokens))
+            .collect::<Result<_>>()?;
+        self.batch = batch;
+        self.past = tokens;
+        Ok(())
     }
 
     /// Closes the prompt graph, and gives its memory back, until the next prompt.

@@ -1,0 +1,309 @@
+//! All engines of an ONNX folder.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use mlac_model::Refusal;
+
+use super::builder::{Attention, Builder};
+use super::library::TensorRtRtx;
+use super::manifest::{self, EngineRecord, Manifest, ProfileRecord};
+use super::profile::Profile;
+use super::target::Target;
+use crate::error::{EngineError, Result};
+use crate::ort::cache_layouts;
+
+/// What to build.
+#[derive(Debug, Clone)]
+pub struct BuildOptions {
+    /// One engine of each graph per target.
+    pub targets: Vec<Target>,
+    /// Shapes of prompts.
+    pub prefill: Profile,
+    /// Shapes of steps.
+    pub decode: Profile,
+    /// Threads that TensorRT may use; 0 means one per core.
+    pub threads: usize,
+}
+
+impl BuildOptions {
+    /// For sequences of up to `context` tokens, one at a time.
+    pub fn new(targets: Vec<Target>, context: usize) -> Self {
+        Self {
+            targets,
+            prefill: Profile::prefill(context),
+            decode: Profile::decode(context),
+            threads: 0,
+        }
+    }
+}
+
+/// Where a build is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum BuildProgress {
+    /// Digests of the ONNX folder's files are being taken.
+    Digesting,
+    /// A graph is being parsed.
+    Parsing(PathBuf),
+    /// The engine `index` of `count` is being built.
+    Building {
+        /// The graph.
+        graph: PathBuf,
+        /// The target.
+        target: Target,
+        /// From 0.
+        index: usize,
+        /// Engines in all.
+        count: usize,
+    },
+}
+
+/// One engine that was built.
+#[derive(Debug, Clone)]
+pub struct EngineReport {
+    /// Its file in the engine folder.
+    pub file: PathBuf,
+    /// Its target.
+    pub target: Target,
+    /// Its size.
+    pub bytes: u64,
+    /// Seconds that TensorRT took.
+    pub seconds: f64,
+    /// Its attention layers.
+    pub attention: Attention,
+}
+
+/// What a build came to.
+#[derive(Debug, Clone)]
+pub struct BuildReport {
+    /// What was written as `manifest.json`.
+    pub manifest: Manifest,
+    /// Per engine.
+    pub engines: Vec<EngineReport>,
+    /// What TensorRT warned about.
+    pub warnings: Vec<String>,
+    /// The process's greatest resident memory so far, bytes; includes what ran before the build.
+    pub peak_memory: Option<u64>,
+}
+
+/// A graph of the folder, and what it is run for.
+struct Graph {
+    file: PathBuf,
+    stem: &'static str,
+    profiles: Vec<(&'static str, Profile)>,
+}
+
+/// Builds an engine of each graph in `onnx` for each target, and writes them with their manifest
+/// to `out`, which must not exist. With only `decoder.onnx`, its engine has both profiles, prompts
+/// first; with `prefill.onnx` as well, each graph has its own.
+pub fn build_engines(
+    onnx: &Path,
+    out: &Path,
+    options: &BuildOptions,
+    progress: &mut dyn FnMut(&BuildProgress),
+) -> Result<BuildReport> {
+    if options.targets.is_empty() {
+        return Err(Refusal::new(
+            "targets",
+            "at least one",
+            "none",
+            "name one, for example sm89",
+        )
+        .into());
+    }
+    for target in &options.targets {
+        target.check()?;
+    }
+    if out.exists() {
+        return Err(Refusal::new(
+            out.display().to_string(),
+            "a folder that does not exist yet",
+            "it exists",
+            "choose another name, or remove it",
+        )
+        .into());
+    }
+    let graphs = graphs(onnx, options)?;
+    let library = TensorRtRtx::load()?;
+    progress(&BuildProgress::Digesting);
+    let sources = manifest::sources(onnx)?;
+
+    let staging = staging(out)?;
+    let mut report = BuildReport {
+        manifest: Manifest {
+            format: Manifest::FORMAT,
+            tool: format!("mlac {}", env!("CARGO_PKG_VERSION")),
+            runtime: format!("TensorRT for RTX {}", library.version()),
+            verified_on_gpu: false,
+            targets: options.targets.iter().map(ToString::to_string).collect(),
+            cache: Vec::new(),
+            sources,
+            engines: Vec::new(),
+        },
+        engines: Vec::new(),
+        warnings: Vec::new(),
+        peak_memory: None,
+    };
+    let count = graphs.len() * options.targets.len();
+    for graph in &graphs {
+        build_graph(
+            &library,
+            onnx,
+            staging.path(),
+            graph,
+            options,
+            count,
+            &mut report,
+            progress,
+        )?;
+    }
+    report.manifest.write(staging.path())?;
+    let finished = staging.keep();
+    fs::rename(&finished, out)
+        .map_err(EngineError::io(out, "move the finished folder into place"))?;
+    report.peak_memory = peak_memory();
+    Ok(report)
+}
+
+fn build_graph(
+    library: &TensorRtRtx,
+    onnx: &Path,
+    staging: &Path,
+    graph: &Graph,
+    options: &BuildOptions,
+    count: usize,
+    report: &mut BuildReport,
+    progress: &mut dyn FnMut(&BuildProgress),
+) -> Result<()> {
+    progress(&BuildProgress::Parsing(graph.file.clone()));
+    let path = onnx.join(&graph.file);
+    let mut builder = Builder::parse(library, &path)?;
+    let inputs = builder.inputs();
+    let layouts = cache_layouts(
+        inputs
+            .iter()
+            .map(|input| (input.name.as_str(), input.dims.as_slice())),
+    );
+    if report.manifest.cache.is_empty() {
+        report.manifest.cache = layouts;
+    }
+    let attention = builder.attention();
+    let subject = path.display().to_string();
+    let mut profiles = Vec::new();
+    for (name, profile) in &graph.profiles {
+        profiles.push(ProfileRecord {
+            name: (*name).into(),
+            inputs: profile.shapes(&subject, &inputs)?,
+        });
+    }
+    let shapes: Vec<_> = profiles
+        .iter()
+        .map(|profile| profile.inputs.clone())
+        .collect();
+    let threads = if options.threads == 0 {
+        std::thread::available_parallelism().map_or(1, usize::from)
+    } else {
+        options.threads
+    };
+    for target in &options.targets {
+        progress(&BuildProgress::Building {
+            graph: graph.file.clone(),
+            target: *target,
+            index: report.engines.len(),
+            count,
+        });
+        let started = Instant::now();
+        let engine = builder.build(&[*target], &shapes, threads)?;
+        let file = PathBuf::from(format!("{}.{target}.engine", graph.stem));
+        let place = staging.join(&file);
+        fs::write(&place, engine.bytes()).map_err(EngineError::io(&place, "write the engine"))?;
+        let bytes = engine.bytes().len() as u64;
+        report.manifest.engines.push(EngineRecord {
+            file: file.clone(),
+            graph: graph.file.clone(),
+            target: target.to_string(),
+            bytes,
+            sha256: manifest::sha256(engine.bytes()),
+            profiles: profiles.clone(),
+            attention,
+        });
+        let seconds = started.elapsed().as_secs_f64();
+        report.engines.push(EngineReport {
+            file,
+            target: *target,
+            bytes,
+            seconds,
+            attention,
+        });
+    }
+    report.warnings.extend(builder.warnings());
+    Ok(())
+}
+
+fn graphs(onnx: &Path, options: &BuildOptions) -> Result<Vec<Graph>> {
+    let decoder = PathBuf::from("decoder.onnx");
+    let prefill = PathBuf::from("prefill.onnx");
+    if !onnx.join(&decoder).is_file() {
+        return Err(Refusal::new(
+            onnx.display().to_string(),
+            "a folder with decoder.onnx",
+            "none in it",
+            "export the model with `mlac export`",
+        )
+        .into());
+    }
+    let both = [("prefill", options.prefill), ("decode", options.decode)];
+    Ok(if onnx.join(&prefill).is_file() {
+        vec![
+            Graph {
+                file: prefill,
+                stem: "prefill",
+                profiles: vec![both[0]],
+            },
+            Graph {
+                file: decoder,
+                stem: "decode",
+                profiles: vec![both[1]],
+            },
+        ]
+    } else {
+        vec![Graph {
+            file: decoder,
+            stem: "decoder",
+            profiles: both.to_vec(),
+        }]
+    })
+}
+
+/// A folder beside `out`, removed again when the build does not finish.
+fn staging(out: &Path) -> Result<tempfile::TempDir> {
+    let parent = match out.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent).map_err(EngineError::io(parent, "create the folder"))?;
+    let name = out.file_name().unwrap_or_default().to_string_lossy();
+    tempfile::Builder::new()
+        .prefix(&format!(".{name}."))
+        .suffix(".partial")
+        .tempdir_in(parent)
+        .map_err(EngineError::io(
+            parent,
+            "create a folder for the unfinished engines",
+        ))
+}
+
+/// `VmHWM` of this process.
+fn peak_memory() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    let line = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim()
+        .strip_suffix("kB")?
+        .trim()
+        .parse::<u64>()
+        .ok()
+        .map(|kib| kib * 1024)
+}
