@@ -6,8 +6,8 @@ use serde_json::{Map, Value};
 
 use crate::Refusal;
 
-/// Largest extent a configuration may name: keeps products of three of them within 64 bits.
-const LARGEST_EXTENT: u64 = 1 << 28;
+/// Largest size a configuration may name unless a key has a limit of its own.
+const LARGEST_SIZE: usize = 1 << 24;
 
 /// A JSON object and the name it has in messages.
 #[derive(Clone, Copy)]
@@ -21,8 +21,9 @@ pub(super) struct Fields<'a> {
 impl<'a> Fields<'a> {
     pub(super) fn new(value: &'a Value, file: &'a str, prefix: &'a str) -> Result<Self, Refusal> {
         let object = value.as_object().ok_or_else(|| {
+            let subject = format!("{file}: {prefix}");
             Refusal::new(
-                format!("{file}: {}", prefix.trim_end_matches('.')),
+                subject.trim_end_matches(['.', ':', ' ']),
                 "a JSON object",
                 kind(value),
                 "restore the file from the model's publisher",
@@ -77,20 +78,28 @@ impl<'a> Fields<'a> {
         )
     }
 
-    /// A size: a whole number from 1 to 2^28.
-    pub(super) fn opt_size(&self, key: &str) -> Result<Option<usize>, Refusal> {
+    /// A size: a whole number from 1 to `largest`.
+    pub(super) fn opt_size_to(&self, key: &str, largest: usize) -> Result<Option<usize>, Refusal> {
         let Some(value) = self.get(key) else {
             return Ok(None);
         };
         match value.as_u64() {
-            Some(size) if (1..=LARGEST_EXTENT).contains(&size) => Ok(Some(size as usize)),
-            _ => Err(self.wrong(key, "a whole number from 1 to 2^28", value)),
+            Some(size) if (1..=largest as u64).contains(&size) => Ok(Some(size as usize)),
+            _ => Err(self.wrong(key, &format!("a whole number from 1 to {largest}"), value)),
         }
     }
 
-    pub(super) fn size(&self, key: &str) -> Result<usize, Refusal> {
-        self.opt_size(key)?
+    pub(super) fn opt_size(&self, key: &str) -> Result<Option<usize>, Refusal> {
+        self.opt_size_to(key, LARGEST_SIZE)
+    }
+
+    pub(super) fn size_to(&self, key: &str, largest: usize) -> Result<usize, Refusal> {
+        self.opt_size_to(key, largest)?
             .ok_or_else(|| self.missing(key, "a whole number"))
+    }
+
+    pub(super) fn size(&self, key: &str) -> Result<usize, Refusal> {
+        self.size_to(key, LARGEST_SIZE)
     }
 
     /// A finite number.
@@ -148,8 +157,8 @@ impl<'a> Fields<'a> {
             .get(key)
             .ok_or_else(|| self.missing(key, "a whole number or a list"))?;
         let one = |value: &Value| match value.as_u64() {
-            Some(size) if size <= LARGEST_EXTENT => Ok(size as usize),
-            _ => Err(self.wrong(key, "whole numbers from 0 to 2^28", value)),
+            Some(size) if size <= LARGEST_SIZE as u64 => Ok(size as usize),
+            _ => Err(self.wrong(key, &format!("whole numbers up to {LARGEST_SIZE}"), value)),
         };
         match value {
             Value::Array(list) if list.len() == count => list.iter().map(one).collect(),

@@ -28,8 +28,12 @@ const UNSUPPORTED_KEYS: [&str; 10] = [
     "text_config",
 ];
 
-/// Most decoder layers a configuration may name.
+/// Limits far above any model, so that the bytes of every tensor can be counted in 64 bits.
 const MOST_LAYERS: usize = 4096;
+const WIDEST: usize = 1 << 20;
+const MOST_HEADS: usize = 1 << 14;
+/// Largest head, GQA or MLA.
+pub(super) const LARGEST_HEAD: usize = 1 << 14;
 
 impl ModelConfig {
     /// Reads a configuration from the content of a `config.json`; `file` names it in messages.
@@ -38,20 +42,12 @@ impl ModelConfig {
         let (architecture, is_mla) = model_type(&fields)?;
         refuse_unsupported(&fields)?;
 
-        let hidden_size = fields.size("hidden_size")?;
-        let num_hidden_layers = fields.size("num_hidden_layers")?;
-        if num_hidden_layers > MOST_LAYERS {
-            return Err(fields.refuse(
-                "num_hidden_layers",
-                format!("at most {MOST_LAYERS}"),
-                num_hidden_layers,
-                "correct the value in the file",
-            ));
-        }
-        let num_attention_heads = fields.size("num_attention_heads")?;
+        let hidden_size = fields.size_to("hidden_size", WIDEST)?;
+        let num_hidden_layers = fields.size_to("num_hidden_layers", MOST_LAYERS)?;
+        let num_attention_heads = fields.size_to("num_attention_heads", MOST_HEADS)?;
         // Absent means multi-head attention (Llama 1). MistralConfig alone has another default, 8,
         // which no published file relies on.
-        let num_key_value_heads = match fields.opt_size("num_key_value_heads")? {
+        let num_key_value_heads = match fields.opt_size_to("num_key_value_heads", MOST_HEADS)? {
             Some(heads) => heads,
             None if architecture == Architecture::Mistral && !fields.has("num_key_value_heads") => {
                 return Err(fields.missing("num_key_value_heads", "a whole number"));
@@ -150,7 +146,7 @@ fn head_dim(
     hidden_size: usize,
     heads: usize,
 ) -> Result<usize, Refusal> {
-    let head_dim = match fields.opt_size("head_dim")? {
+    let head_dim = match fields.opt_size_to("head_dim", LARGEST_HEAD)? {
         Some(head_dim) => head_dim,
         // Qwen3Config's default is 128 whatever the hidden size; its published files all have the key.
         None if architecture == Architecture::Qwen3 => {

@@ -10,6 +10,7 @@ use serde_json::{Value, json};
 use super::{
     Architecture, MlaConfig, MlaEncoder, MlaLayer, ModelConfig,
     fields::{Fields, short},
+    hf::LARGEST_HEAD,
 };
 use crate::Refusal;
 
@@ -172,27 +173,35 @@ fn check(
             layer.kv_lora_rank,
         );
     }
-    if layer.qk_rope_head_dim % 2 == 1 || layer.qk_rope_head_dim > config.gqa_cache_width() / 2 {
+    let keys = config.gqa_cache_width() / 2;
+    let rotary = layer.qk_rope_head_dim;
+    if rotary == 0 || rotary % 2 == 1 || rotary > keys {
         return refuse(
             "qk_rope_head_dim",
-            format!(
-                "an even number up to {}, all keys' width,",
-                config.gqa_cache_width() / 2
-            ),
-            layer.qk_rope_head_dim,
+            format!("an even number from 2 to {keys}, all keys' width,"),
+            rotary,
         );
     }
-    if layer.v_head_dim == 0 {
-        return refuse("v_head_dim", "a number above 0".into(), 0);
+    if layer.v_head_dim == 0 || layer.v_head_dim > LARGEST_HEAD {
+        return refuse(
+            "v_head_dim",
+            format!("1 to {LARGEST_HEAD}"),
+            layer.v_head_dim,
+        );
     }
-    let whole_head = layer.encoder == MlaEncoder::NormedKey;
-    if layer.qk_nope_head_dim == 0 || (whole_head && layer.qk_nope_head_dim != config.head_dim) {
-        let expected = if whole_head {
-            format!("head_dim = {}", config.head_dim)
-        } else {
-            "a number above 0".to_owned()
-        };
-        return refuse("qk_nope_head_dim", expected, layer.qk_nope_head_dim);
+    let nope = layer.qk_nope_head_dim;
+    match layer.encoder {
+        MlaEncoder::NormedKey if nope != config.head_dim => {
+            return refuse(
+                "qk_nope_head_dim",
+                format!("head_dim = {}", config.head_dim),
+                nope,
+            );
+        }
+        _ if nope == 0 || nope > LARGEST_HEAD => {
+            return refuse("qk_nope_head_dim", format!("1 to {LARGEST_HEAD}"), nope);
+        }
+        _ => {}
     }
     Ok(())
 }

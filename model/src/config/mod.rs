@@ -4,6 +4,8 @@ mod fields;
 mod hf;
 mod mla;
 mod rope;
+#[cfg(test)]
+mod tests;
 
 use std::collections::BTreeMap;
 
