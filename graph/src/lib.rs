@@ -4,6 +4,7 @@
 //! A graph holds no large tensor: its weights are references into a checkpoint
 //! ([`ir::WeightRef`]) and are read one at a time while the files are written.
 
+pub mod builders;
 pub mod error;
 pub mod ir;
 pub mod onnx;

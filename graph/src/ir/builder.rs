@@ -74,7 +74,7 @@ impl GraphBuilder {
     }
 
     /// Runs `build` outside every scope.
-    pub(super) fn top_level<T>(&mut self, build: impl FnOnce(&mut Self) -> T) -> T {
+    pub(crate) fn top_level<T>(&mut self, build: impl FnOnce(&mut Self) -> T) -> T {
         let scopes = std::mem::take(&mut self.scopes);
         let result = build(self);
         self.scopes = scopes;

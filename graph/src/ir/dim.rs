@@ -115,6 +115,20 @@ impl Dim {
         self.as_constant() == Some(1)
     }
 
+    /// The part with symbols and the part without.
+    pub fn split_constant(&self) -> (Self, i64) {
+        let mut rest = self.clone();
+        let constant = rest
+            .terms
+            .first()
+            .filter(|t| t.monomial.0.is_empty())
+            .map(|t| t.factor);
+        if constant.is_some() {
+            rest.terms.remove(0);
+        }
+        (rest, constant.unwrap_or(0))
+    }
+
     /// The names that occur, sorted, each once.
     pub fn symbols(&self) -> Vec<&str> {
         let mut names: Vec<&str> = self
@@ -265,5 +279,13 @@ mod tests {
         assert_eq!((&Dim::known(3) * &Dim::symbol("seq")).to_string(), "3*seq");
         assert_eq!((&Dim::symbol("seq") - &Dim::known(2)).to_string(), "-2+seq");
         assert_eq!(Dim::known(0).to_string(), "0");
+    }
+
+    #[test]
+    fn constant_part_splits_off() {
+        let past = Dim::symbol("past");
+        assert_eq!((&past + &Dim::known(1)).split_constant(), (past.clone(), 1));
+        assert_eq!(past.split_constant(), (past.clone(), 0));
+        assert_eq!(Dim::known(3).split_constant(), (Dim::known(0), 3));
     }
 }

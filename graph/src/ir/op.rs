@@ -85,7 +85,7 @@ pub enum Op {
         heads: usize,
     },
     /// `q [batch, H, seq, d], k [batch, G, total, d], v [batch, G, total, d_v], mask`: softmax
-    /// attention; `mask` (float, added to scores) broadcasts to `[batch, H, seq, total]`.
+    /// attention; `mask` (optional, float, added to scores) broadcasts to `[batch, H, seq, total]`.
     Attention {
         /// Factor on the scores.
         scale: f32,

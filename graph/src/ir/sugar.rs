@@ -172,8 +172,11 @@ impl GraphBuilder {
     }
 
     /// `x` with another shape of as many elements. A constant shape with 0 (copy the axis) and one
-    /// -1 where that says it, else a shape computed at run time.
+    /// -1 where that says it, else a shape computed at run time; `x` itself when it has the shape.
     pub fn reshape(&mut self, name: &str, x: ValueId, shape: &[Dim]) -> Result<ValueId> {
+        if self.shape(x) == shape {
+            return Ok(x);
+        }
         let mut open = 0;
         let sizes: Vec<i64> = shape
             .iter()

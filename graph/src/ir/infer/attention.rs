@@ -27,14 +27,9 @@ pub(super) fn rotary(heads: usize, args: Args<'_>) -> Result<Inferred> {
 }
 
 pub(super) fn attention(args: Args<'_>) -> Result<Inferred> {
-    args.count(4..=4)?;
-    let (q, k, v, mask) = (
-        args.float(0)?,
-        args.float(1)?,
-        args.float(2)?,
-        args.float(3)?,
-    );
-    let dtype = same_dtype(&[q, k, v, mask])?;
+    args.count(3..=4)?;
+    let (q, k, v) = (args.float(0)?, args.float(1)?, args.float(2)?);
+    let dtype = same_dtype(&[q, k, v])?;
     let ([batch, heads, seq, d], [_, kv_heads, total, _], [_, _, _, d_v]) =
         (q.shape.as_slice(), k.shape.as_slice(), v.shape.as_slice())
     else {
@@ -54,8 +49,11 @@ pub(super) fn attention(args: Args<'_>) -> Result<Inferred> {
         ));
     }
     let scores = [batch.clone(), heads.clone(), seq.clone(), total.clone()];
-    if broadcast(&scores, &mask.shape)? != scores {
-        return Err(Mismatch::new("a mask that broadcasts to the scores", mask));
+    if let Some(mask) = args.optional(3) {
+        same_dtype(&[q, mask])?;
+        if broadcast(&scores, &mask.shape)? != scores {
+            return Err(Mismatch::new("a mask that broadcasts to the scores", mask));
+        }
     }
     Ok(Inferred::new(
         dtype,

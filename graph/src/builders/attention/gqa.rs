@@ -1,0 +1,196 @@
+//! Grouped-query attention: H query heads share G cached key and value heads of `d` numbers.
+
+use super::{Attended, append, by_head, from_heads, merge_heads, softmax, to_heads};
+use crate::{
+    builders::{
+        context::{Context, GqaForm, LARGEST_FUSED_HEAD, Runtime},
+        norm::rms_norm,
+        present_kv_name,
+        rope::rotate,
+    },
+    error::NodeError,
+    ir::{Binary, DType, Dim, GraphBuilder, Op, ValueId},
+};
+
+/// Projections of the layer's input before rotation.
+pub(in crate::builders) struct Projected {
+    /// `[batch, seq, H*d]`, after bias and `q_norm`.
+    pub(in crate::builders) query: ValueId,
+    /// `[batch, seq, G*d]`, after bias and `k_norm`.
+    pub(in crate::builders) key: ValueId,
+    /// `[batch, seq, G*d]`, after bias.
+    pub(in crate::builders) value: ValueId,
+}
+
+/// Projects the normed input `x [batch, seq, D]`.
+pub(in crate::builders) fn project(
+    b: &mut GraphBuilder,
+    cx: &Context<'_>,
+    layer: usize,
+    x: ValueId,
+) -> Result<Projected, NodeError> {
+    let cfg = cx.cfg;
+    let query = project_query(b, cx, layer, x)?;
+    let (groups, width) = (
+        cfg.num_key_value_heads,
+        cfg.num_key_value_heads * cfg.head_dim,
+    );
+    let tensor = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
+    let key = b.linear(
+        "k",
+        x,
+        &tensor("k_proj"),
+        width,
+        cfg.hidden_size,
+        cfg.qkv_bias,
+    )?;
+    let key = head_norm(b, cx, "k_norm", key, &tensor("k_norm"), groups)?;
+    let value = b.linear(
+        "v",
+        x,
+        &tensor("v_proj"),
+        width,
+        cfg.hidden_size,
+        cfg.qkv_bias,
+    )?;
+    Ok(Projected { query, key, value })
+}
+
+/// Queries `[batch, seq, H*d]` of the normed input, after bias and `q_norm`.
+pub(super) fn project_query(
+    b: &mut GraphBuilder,
+    cx: &Context<'_>,
+    layer: usize,
+    x: ValueId,
+) -> Result<ValueId, NodeError> {
+    let cfg = cx.cfg;
+    let (heads, width) = (
+        cfg.num_attention_heads,
+        cfg.num_attention_heads * cfg.head_dim,
+    );
+    let tensor = |part: &str| format!("model.layers.{layer}.self_attn.{part}");
+    let query = b.linear(
+        "q",
+        x,
+        &tensor("q_proj"),
+        width,
+        cfg.hidden_size,
+        cfg.qkv_bias,
+    )?;
+    head_norm(b, cx, "q_norm", query, &tensor("q_norm"), heads)
+}
+
+/// Norm of every head of `x [batch, seq, heads*d]` when the model has one.
+fn head_norm(
+    b: &mut GraphBuilder,
+    cx: &Context<'_>,
+    name: &str,
+    x: ValueId,
+    tensor: &str,
+    heads: usize,
+) -> Result<ValueId, NodeError> {
+    if !cx.cfg.qk_norm {
+        return Ok(x);
+    }
+    let x = by_head(b, &format!("{name}.by_head"), x, heads)?;
+    let x = rms_norm(b, name, x, tensor, cx.cfg.rms_norm_eps)?;
+    merge_heads(b, &format!("{name}.merged"), x)
+}
+
+/// Attention over `past` (keys and values `[batch, G, past, d]`; empty: no cache) and the new tokens.
+pub(in crate::builders) fn attend(
+    b: &mut GraphBuilder,
+    cx: &mut Context<'_>,
+    layer: usize,
+    projected: &Projected,
+    past: &[ValueId],
+) -> Result<Attended, NodeError> {
+    let cfg = cx.cfg;
+    let (heads, groups) = (cfg.num_attention_heads, cfg.num_key_value_heads);
+    let (angles, form) = (cx.gqa_angles(b)?, cx.rotary_form());
+    let query = rotate(b, "q_rope", projected.query, heads, angles, form)?;
+    let key = rotate(b, "k_rope", projected.key, groups, angles, form)?;
+    if let (GqaForm::GroupQueryAttention, &[past_key, past_value]) = (cx.gqa_form, past) {
+        let inputs = [query, key, projected.value, past_key, past_value];
+        return group_query(b, cx, layer, inputs);
+    }
+    let query = to_heads(b, "q_heads", query, heads)?;
+    let key = to_heads(b, "k_heads", key, groups)?;
+    let value = to_heads(b, "v_heads", projected.value, groups)?;
+    let key = append(b, "keys", past.first().copied(), key, 2)?;
+    let value = append(b, "values", past.get(1).copied(), value, 2)?;
+    let (window, scale) = (cfg.sliding_window[layer], (cfg.head_dim as f64).powf(-0.5));
+    let fused = cx.runtime == Runtime::TensorRt && cfg.head_dim <= LARGEST_FUSED_HEAD;
+    let sums = if fused {
+        softmax::operator(b, cx, window, scale, query, key, value)?
+    } else {
+        let query = b.scale("q_scaled", query, scale)?;
+        softmax::grouped(b, cx, window, query, key, value)?
+    };
+    Ok(Attended {
+        heads: from_heads(b, "heads", sums)?,
+        present: present(layer, key, value),
+    })
+}
+
+fn present(layer: usize, key: ValueId, value: ValueId) -> Vec<(String, ValueId)> {
+    vec![
+        (present_kv_name(layer, "key"), key),
+        (present_kv_name(layer, "value"), value),
+    ]
+}
+
+/// `com.microsoft::GroupQueryAttention`. Its own lengths mean padding on the right; ours is on the
+/// left, so every sequence has the full length and the mask goes in as a bias.
+fn group_query(
+    b: &mut GraphBuilder,
+    cx: &mut Context<'_>,
+    layer: usize,
+    inputs: [ValueId; 5],
+) -> Result<Attended, NodeError> {
+    let cfg = cx.cfg;
+    let (lengths, total) = lengths(b, cx)?;
+    let bias = cx.bias(b, cfg.sliding_window[layer], cx.dtype)?;
+    let op = Op::GroupQueryAttention {
+        heads: cfg.num_attention_heads,
+        kv_heads: cfg.num_key_value_heads,
+        scale: (cfg.head_dim as f64).powf(-0.5) as f32,
+    };
+    let mut inputs: Vec<_> = inputs
+        .into_iter()
+        .chain([lengths, total])
+        .map(Some)
+        .collect();
+    if bias.is_some() {
+        inputs.extend([None, None, None, bias]);
+    }
+    let out = b.apply("attention", op, &inputs)?;
+    Ok(Attended {
+        heads: out[0],
+        present: present(layer, out[1], out[2]),
+    })
+}
+
+/// What the operator wants to know of lengths: `total - 1` per sequence, i32 `[batch]`, and `total`,
+/// i32 scalar. Built once.
+fn lengths(b: &mut GraphBuilder, cx: &mut Context<'_>) -> Result<(ValueId, ValueId), NodeError> {
+    if let Some(lengths) = cx.lengths {
+        return Ok(lengths);
+    }
+    let axes = cx.axes.clone();
+    let lengths = b.top_level(|b| {
+        b.scope("lengths", |b| {
+            let past = b.dim_scalar(&axes.past)?;
+            let seq = b.dim_scalar(&axes.seq)?;
+            let total = b.node("total", Op::Binary(Binary::Add), &[past, seq])?;
+            let one = b.constant(crate::ir::InlineTensor::i64(&[], &[1]));
+            let last = b.sub("last", total, one)?;
+            let last = b.cast("last_i32", last, DType::I32)?;
+            let batch: [Dim; 1] = [axes.batch.clone()];
+            let last = b.expand("per_sequence", last, &batch)?;
+            Ok::<_, NodeError>((last, b.cast("total_i32", total, DType::I32)?))
+        })
+    })?;
+    cx.lengths = Some(lengths);
+    Ok(lengths)
+}

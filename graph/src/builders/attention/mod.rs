@@ -1,0 +1,128 @@
+//! Self-attention of one layer, from the normed input to the output projection.
+
+pub(super) mod gqa;
+pub(super) mod mla;
+mod softmax;
+
+use super::context::Context;
+use crate::{
+    error::NodeError,
+    ir::{DType, Dim, GraphBuilder, ValueId},
+};
+
+/// The heads' outputs of one layer and its cache.
+pub(super) struct Attended {
+    /// `[batch, seq, H*d_v]`.
+    pub(super) heads: ValueId,
+    /// Output name and value of each cache.
+    pub(super) present: Vec<(String, ValueId)>,
+}
+
+/// The layer's output projection, with its bias: `heads [batch, seq, H*d_v]` to `[batch, seq, D]`.
+pub(super) fn output_projection(
+    b: &mut GraphBuilder,
+    cx: &Context<'_>,
+    layer: usize,
+    heads: ValueId,
+) -> Result<ValueId, NodeError> {
+    let cfg = cx.cfg;
+    let tensor = format!("model.layers.{layer}.self_attn.o_proj");
+    let width = heads_width(cx, layer);
+    b.linear(
+        "o",
+        heads,
+        &tensor,
+        cfg.hidden_size,
+        width,
+        cfg.layer_o_bias(layer),
+    )
+}
+
+/// Numbers of all heads' outputs of one layer together, H*d_v.
+pub(super) fn heads_width(cx: &Context<'_>, layer: usize) -> usize {
+    let v = cx
+        .cfg
+        .mla_layer(layer)
+        .map_or(cx.cfg.head_dim, |m| m.v_head_dim);
+    cx.cfg.num_attention_heads * v
+}
+
+/// Declares the cache inputs of a layer in the order of their use.
+pub(super) fn past_inputs(b: &mut GraphBuilder, cx: &Context<'_>, layer: usize) -> Vec<ValueId> {
+    let (batch, past) = (cx.axes.batch.clone(), cx.axes.past.clone());
+    if let Some(shape) = cx.cfg.mla_layer(layer) {
+        let name = super::past_latent_name(layer);
+        return vec![b.input(
+            &name,
+            cx.dtype,
+            vec![batch, past, shape.cache_width().into()],
+        )];
+    }
+    let (groups, d) = (cx.cfg.num_key_value_heads, cx.cfg.head_dim);
+    let shape = vec![batch, groups.into(), past, d.into()];
+    ["key", "value"]
+        .map(|part| b.input(&super::past_kv_name(layer, part), cx.dtype, shape.clone()))
+        .to_vec()
+}
+
+/// `past` and `new` along `axis`; `new` alone in a graph without cache.
+fn append(
+    b: &mut GraphBuilder,
+    name: &str,
+    past: Option<ValueId>,
+    new: ValueId,
+    axis: usize,
+) -> Result<ValueId, NodeError> {
+    match past {
+        Some(past) => b.concat(name, &[past, new], axis),
+        None => Ok(new),
+    }
+}
+
+/// `[batch, seq, heads*n]` to `[batch, heads, seq, n]`.
+fn to_heads(
+    b: &mut GraphBuilder,
+    name: &str,
+    x: ValueId,
+    heads: usize,
+) -> Result<ValueId, NodeError> {
+    let x = by_head(b, &format!("{name}.by_head"), x, heads)?;
+    b.transpose(name, x, &[0, 2, 1, 3])
+}
+
+/// `[batch, seq, heads*n]` to `[batch, seq, heads, n]`.
+fn by_head(
+    b: &mut GraphBuilder,
+    name: &str,
+    x: ValueId,
+    heads: usize,
+) -> Result<ValueId, NodeError> {
+    let [batch, seq, width] =
+        <[Dim; 3]>::try_from(b.shape(x).to_vec()).map_err(|_| rank(name, 3))?;
+    let n = width.as_known().unwrap_or(0) / heads;
+    b.reshape(name, x, &[batch, seq, heads.into(), n.into()])
+}
+
+/// `[batch, heads, seq, n]` to `[batch, seq, heads*n]`.
+fn from_heads(b: &mut GraphBuilder, name: &str, x: ValueId) -> Result<ValueId, NodeError> {
+    let x = b.transpose(&format!("{name}.by_token"), x, &[0, 2, 1, 3])?;
+    merge_heads(b, name, x)
+}
+
+/// `[batch, seq, heads, n]` to `[batch, seq, heads*n]`.
+fn merge_heads(b: &mut GraphBuilder, name: &str, x: ValueId) -> Result<ValueId, NodeError> {
+    let [batch, seq, heads, n] =
+        <[Dim; 4]>::try_from(b.shape(x).to_vec()).map_err(|_| rank(name, 4))?;
+    b.reshape(name, x, &[batch, seq, &heads * &n])
+}
+
+fn rank(node: &str, axes: usize) -> NodeError {
+    NodeError {
+        node: node.to_owned(),
+        expected: format!("a tensor with {axes} axes"),
+        found: "another number of axes".to_owned(),
+    }
+}
+
+/// The type in which scores meet the mask and pass the softmax.
+const SOFTMAX_DTYPE: DType = DType::F32;

@@ -1,0 +1,134 @@
+//! What a configuration must satisfy before a graph is built from it.
+
+use mlac_model::{MlaEncoder, ModelConfig, Refusal};
+
+use crate::ir::DType;
+
+/// Larger sizes than this are taken for damage; products of three stay far from overflow.
+const LARGEST_SIZE: usize = 1 << 20;
+
+/// Refuses a configuration whose parts contradict each other.
+pub(super) fn config(cfg: &ModelConfig) -> Result<(), Refusal> {
+    let sizes = [
+        ("hidden_size", cfg.hidden_size),
+        ("intermediate_size", cfg.intermediate_size),
+        ("num_hidden_layers", cfg.num_hidden_layers),
+        ("num_attention_heads", cfg.num_attention_heads),
+        ("num_key_value_heads", cfg.num_key_value_heads),
+        ("head_dim", cfg.head_dim),
+        ("vocab_size", cfg.vocab_size),
+    ];
+    for (key, value) in sizes {
+        require(
+            key,
+            (1..=LARGEST_SIZE).contains(&value),
+            &format!("1 to {LARGEST_SIZE}"),
+            value,
+        )?;
+    }
+    let (heads, kv_heads) = (cfg.num_attention_heads, cfg.num_key_value_heads);
+    require(
+        "num_key_value_heads",
+        heads % kv_heads == 0,
+        &format!("a divisor of {heads}"),
+        kv_heads,
+    )?;
+    require(
+        "head_dim",
+        cfg.head_dim % 2 == 0,
+        "an even number",
+        cfg.head_dim,
+    )?;
+    let (layers, windows) = (cfg.num_hidden_layers, cfg.sliding_window.len());
+    require(
+        "sliding_window",
+        windows == layers,
+        &format!("one per layer, {layers}"),
+        windows,
+    )?;
+    for window in cfg.sliding_window.iter().flatten() {
+        require(
+            "sliding_window",
+            *window > 0,
+            "at least 1 position",
+            *window,
+        )?;
+    }
+    let Some(mla) = &cfg.mla else { return Ok(()) };
+    let scale = mla.attention_scale;
+    require(
+        "attention_scale",
+        scale.is_finite() && scale > 0.0,
+        "a positive number",
+        scale,
+    )?;
+    for (&layer, shape) in &mla.layers {
+        require(
+            "mla_layers",
+            layer < layers,
+            &format!("layers below {layers}"),
+            layer,
+        )?;
+        let parts = [
+            ("kv_lora_rank", shape.kv_lora_rank),
+            ("qk_rope_head_dim", shape.qk_rope_head_dim),
+            ("qk_nope_head_dim", shape.qk_nope_head_dim),
+            ("v_head_dim", shape.v_head_dim),
+        ];
+        for (key, value) in parts {
+            let good = (1..=LARGEST_SIZE).contains(&value);
+            require(
+                key,
+                good,
+                &format!("1 to {LARGEST_SIZE} in layer {layer}"),
+                value,
+            )?;
+        }
+        let rope = shape.qk_rope_head_dim;
+        require("qk_rope_head_dim", rope % 2 == 0, "an even number", rope)?;
+        if shape.encoder == MlaEncoder::NormedKey {
+            require(
+                "mla_encoder",
+                cfg.qk_norm,
+                "hidden, the model has no q and k norm",
+                "normed_key",
+            )?;
+            let (d, nope) = (cfg.head_dim, shape.qk_nope_head_dim);
+            require(
+                "qk_nope_head_dim",
+                nope == d,
+                &format!("head_dim, {d}"),
+                nope,
+            )?;
+        }
+    }
+    Ok(())
+}
+
+/// Refuses a layer that the model does not have.
+pub(super) fn layer(cfg: &ModelConfig, layer: usize) -> Result<(), Refusal> {
+    let layers = cfg.num_hidden_layers;
+    require(
+        "layer",
+        layer < layers,
+        &format!("a layer below {layers}"),
+        layer,
+    )
+}
+
+/// Refuses an element type in which a model cannot be computed.
+pub(super) fn dtype(dtype: DType) -> Result<(), Refusal> {
+    require("dtype", dtype.is_float(), "f32 or f16", dtype)
+}
+
+fn require(key: &str, good: bool, expected: &str, found: impl ToString) -> Result<(), Refusal> {
+    if good {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        format!("configuration key {key}"),
+        expected,
+        found.to_string(),
+        "check that config.json belongs to this model",
+    ))
+}

@@ -1,0 +1,171 @@
+//! What the parts of one graph share: options, axes, masks and rotation tables.
+
+use std::collections::BTreeMap;
+
+use mlac_model::ModelConfig;
+
+use super::{
+    mask,
+    rope::{self, Angles, RotaryForm},
+};
+use crate::{
+    error::NodeError,
+    ir::{DType, Dim, GraphBuilder, ValueId},
+};
+
+/// How an MLA layer computes attention. Both compute the same function from the same cache and weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum MlaForm {
+    /// Queries go to the latent: few new tokens against a long cache (decode).
+    #[default]
+    Absorbed,
+    /// The cache becomes keys and values of every head: many new tokens (prefill).
+    Expanded,
+}
+
+/// How a GQA layer computes attention.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum GqaForm {
+    /// Matrix products and a softmax.
+    #[default]
+    Primitives,
+    /// `com.microsoft::GroupQueryAttention`, which only ONNX Runtime knows.
+    GroupQueryAttention,
+}
+
+/// What will run the graph.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Runtime {
+    /// Any runtime of opset 23; fastest in ONNX Runtime on a CPU.
+    #[default]
+    Standard,
+    /// TensorRT: attention through the `Attention` operator where it can be fused, rotation in
+    /// primitives, no operator outside ONNX's own domain.
+    TensorRt,
+}
+
+/// Which side of the score product the cache is on in the absorbed form.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheProduct {
+    /// `q [H*seq, w] x cache^T`: scores come in the layout of the softmax.
+    #[default]
+    QueryRows,
+    /// `cache [total, w] x q^T`: the cache is read in its own layout, scores are transposed.
+    CacheRows,
+}
+
+/// The largest head that TensorRT's fused attention takes.
+pub(super) const LARGEST_FUSED_HEAD: usize = 256;
+
+/// Dynamic axes of one graph.
+#[derive(Debug, Clone)]
+pub(super) struct Axes {
+    /// Sequences.
+    pub(super) batch: Dim,
+    /// New tokens.
+    pub(super) seq: Dim,
+    /// Cached tokens; the constant 0 in a graph without cache.
+    pub(super) past: Dim,
+}
+
+impl Axes {
+    /// Cached and new tokens.
+    pub(super) fn total(&self) -> Dim {
+        &self.past + &self.seq
+    }
+}
+
+/// State shared by the layers of one graph.
+pub(super) struct Context<'a> {
+    pub(super) cfg: &'a ModelConfig,
+    pub(super) dtype: DType,
+    pub(super) runtime: Runtime,
+    pub(super) mla_form: MlaForm,
+    pub(super) gqa_form: GqaForm,
+    pub(super) product: CacheProduct,
+    pub(super) axes: Axes,
+    /// i64 `[batch, seq]`.
+    pub(super) positions: ValueId,
+    /// i64 `[batch, total]`, 0 for padding; `None`: no padding.
+    pub(super) attention_mask: Option<ValueId>,
+    pub(super) biases: BTreeMap<(Option<usize>, DType), ValueId>,
+    pub(super) gqa_angles: Option<Angles>,
+    pub(super) positions_f32: Option<ValueId>,
+    /// Lengths as `GroupQueryAttention` wants them: i32 `[batch]` and i32 scalar.
+    pub(super) lengths: Option<(ValueId, ValueId)>,
+}
+
+impl<'a> Context<'a> {
+    /// A context in standard form without padding.
+    pub(super) fn new(cfg: &'a ModelConfig, dtype: DType, axes: Axes, positions: ValueId) -> Self {
+        Self {
+            cfg,
+            dtype,
+            runtime: Runtime::default(),
+            mla_form: MlaForm::default(),
+            gqa_form: GqaForm::default(),
+            product: CacheProduct::default(),
+            axes,
+            positions,
+            attention_mask: None,
+            biases: BTreeMap::new(),
+            gqa_angles: None,
+            positions_f32: None,
+            lengths: None,
+        }
+    }
+
+    pub(super) fn rotary_form(&self) -> RotaryForm {
+        match self.runtime {
+            Runtime::Standard => RotaryForm::Operator,
+            Runtime::TensorRt => RotaryForm::Primitives,
+        }
+    }
+
+    /// What is added to the scores of a layer, `[batch or 1, 1, seq, total]`, built once per window
+    /// and type; `None` when a single new token sees everything.
+    pub(super) fn bias(
+        &mut self,
+        b: &mut GraphBuilder,
+        window: Option<usize>,
+        dtype: DType,
+    ) -> Result<Option<ValueId>, NodeError> {
+        if self.attention_mask.is_none() && window.is_none() && self.axes.seq.is_one() {
+            return Ok(None);
+        }
+        if let Some(&bias) = self.biases.get(&(window, dtype)) {
+            return Ok(Some(bias));
+        }
+        let bias = mask::bias(b, &self.axes, self.attention_mask, window, dtype)?;
+        self.biases.insert((window, dtype), bias);
+        Ok(Some(bias))
+    }
+
+    /// The rotation of the GQA layers, built once.
+    pub(super) fn gqa_angles(&mut self, b: &mut GraphBuilder) -> Result<Angles, NodeError> {
+        if let Some(angles) = self.gqa_angles {
+            return Ok(angles);
+        }
+        let table = self.cfg.rope.table(self.cfg.head_dim);
+        let inv_freq = rope::constant_table(b, &table.inv_freq);
+        let angles = self.angles(b, "rope", inv_freq, table.attention_factor)?;
+        self.gqa_angles = Some(angles);
+        Ok(angles)
+    }
+
+    /// Cosines and sines of a table of frequencies, f32 `[n]`.
+    pub(super) fn angles(
+        &mut self,
+        b: &mut GraphBuilder,
+        name: &str,
+        inv_freq: ValueId,
+        factor: f64,
+    ) -> Result<Angles, NodeError> {
+        let positions = match self.positions_f32 {
+            Some(positions) => positions,
+            None => rope::positions_f32(b, self.positions)?,
+        };
+        self.positions_f32 = Some(positions);
+        b.top_level(|b| rope::angles(b, name, positions, inv_freq, factor, self.dtype))
+    }
+}

@@ -1,0 +1,165 @@
+//! The whole model with its caches.
+
+use mlac_model::{ModelConfig, Refusal};
+
+use super::{
+    attention::{self, Attended, gqa, mla},
+    check,
+    context::{Axes, CacheProduct, Context, GqaForm, MlaForm, Runtime},
+    head,
+    mlp::mlp,
+    norm::rms_norm,
+};
+use crate::{
+    error::{Error, NodeError},
+    ir::{DType, GraphBuilder, ValueId},
+    validate::ValidGraph,
+};
+
+/// What kind of decoder graph is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DecoderOptions {
+    /// Type of weights, caches and logits: f32 or f16. With f16, rotation angles, norms and the
+    /// softmax are computed in f32.
+    pub dtype: DType,
+    /// Form of the converted layers.
+    pub mla_form: MlaForm,
+    /// Form of the other layers.
+    pub gqa_form: GqaForm,
+    /// What will run the graph.
+    pub runtime: Runtime,
+    /// Layout of the score product of absorbed layers outside fused attention.
+    pub product: CacheProduct,
+}
+
+impl Default for DecoderOptions {
+    fn default() -> Self {
+        Self {
+            dtype: DType::F32,
+            mla_form: MlaForm::default(),
+            gqa_form: GqaForm::default(),
+            runtime: Runtime::default(),
+            product: CacheProduct::default(),
+        }
+    }
+}
+
+/// The decoder with caches; `batch`, `seq` and `past` are dynamic and `past` may be 0.
+///
+/// Inputs: `input_ids` i64 `[batch, seq]`, `position_ids` i64 `[batch, seq]`, `attention_mask` i64
+/// `[batch, past+seq]` (0: padding, which may stand on the left), and per layer
+/// `past_key_values.{i}.key`, `past_key_values.{i}.value` `[batch, G, past, d]`, or for a converted
+/// layer `past_latent.{i}` `[batch, past, r+d_r]`.
+/// Outputs: `logits` `[batch, seq, vocab]`, then per layer `present.{i}.key`, `present.{i}.value`
+/// `[batch, G, past+seq, d]`, or `present_latent.{i}` `[batch, past+seq, r+d_r]`.
+/// Caches and logits have the type of the model.
+pub fn decoder_graph(cfg: &ModelConfig, options: &DecoderOptions) -> Result<ValidGraph, Error> {
+    check::config(cfg)?;
+    check::dtype(options.dtype)?;
+    let operator = options.gqa_form == GqaForm::GroupQueryAttention;
+    if operator && options.runtime == Runtime::TensorRt {
+        return Err(Error::Refused(Refusal::new(
+            "form of the GQA layers",
+            "operators that TensorRT knows",
+            "com.microsoft::GroupQueryAttention",
+            "use primitives for TensorRT",
+        )));
+    }
+    let mut b = GraphBuilder::new("decoder");
+    let axes = Axes {
+        batch: "batch".into(),
+        seq: "seq".into(),
+        past: "past".into(),
+    };
+    let tokens = vec![axes.batch.clone(), axes.seq.clone()];
+    let ids = b.input("input_ids", DType::I64, tokens.clone());
+    let positions = b.input("position_ids", DType::I64, tokens);
+    let slots = vec![axes.batch.clone(), axes.total()];
+    let mask = b.input("attention_mask", DType::I64, slots);
+    let mut cx = Context::new(cfg, options.dtype, axes, positions);
+    cx.attention_mask = Some(mask);
+    cx.mla_form = options.mla_form;
+    cx.gqa_form = options.gqa_form;
+    cx.runtime = options.runtime;
+    cx.product = options.product;
+    let layers = 0..cfg.num_hidden_layers;
+    let pasts: Vec<_> = layers
+        .map(|layer| attention::past_inputs(&mut b, &cx, layer))
+        .collect();
+
+    let mut hidden = head::embed(&mut b, cfg, ids, options.dtype)?;
+    let mut presents = vec![];
+    for (layer, past) in pasts.iter().enumerate() {
+        hidden = b.scope(&format!("layers.{layer}"), |b| {
+            let (out, attended) = decoder_layer(b, &mut cx, layer, hidden, past)?;
+            presents.extend(attended.present);
+            Ok::<_, NodeError>(out)
+        })?;
+    }
+    let logits = head::head(&mut b, cfg, hidden)?;
+    b.output("logits", logits);
+    for (name, value) in presents {
+        b.output(&name, value);
+    }
+    b.finish()
+}
+
+/// One layer: the residual stream `[batch, seq, D]` after it, and what attention gave.
+fn decoder_layer(
+    b: &mut GraphBuilder,
+    cx: &mut Context<'_>,
+    layer: usize,
+    hidden: ValueId,
+    past: &[ValueId],
+) -> Result<(ValueId, Attended), NodeError> {
+    let x = attention_input(b, cx, layer, hidden)?;
+    let attended = attend(b, cx, layer, x, past)?;
+    let out = b.scope("attn", |b| {
+        attention::output_projection(b, cx, layer, attended.heads)
+    })?;
+    Ok((after_attention(b, cx, layer, hidden, out)?, attended))
+}
+
+/// The residual stream after the layer's first norm.
+pub(super) fn attention_input(
+    b: &mut GraphBuilder,
+    cx: &Context<'_>,
+    layer: usize,
+    hidden: ValueId,
+) -> Result<ValueId, NodeError> {
+    let tensor = format!("model.layers.{layer}.input_layernorm");
+    rms_norm(b, "input_norm", hidden, &tensor, cx.cfg.rms_norm_eps)
+}
+
+/// Attention of the layer's form over the normed input.
+pub(super) fn attend(
+    b: &mut GraphBuilder,
+    cx: &mut Context<'_>,
+    layer: usize,
+    x: ValueId,
+    past: &[ValueId],
+) -> Result<Attended, NodeError> {
+    b.scope("attn", |b| match cx.cfg.mla_layer(layer) {
+        Some(&shape) => mla::attend(b, cx, layer, shape, x, past.first().copied()),
+        None => {
+            let projected = gqa::project(b, cx, layer, x)?;
+            gqa::attend(b, cx, layer, &projected, past)
+        }
+    })
+}
+
+/// The rest of a layer: adds the attention's output to the residual stream, then the MLP's.
+pub(super) fn after_attention(
+    b: &mut GraphBuilder,
+    cx: &Context<'_>,
+    layer: usize,
+    hidden: ValueId,
+    attention: ValueId,
+) -> Result<ValueId, NodeError> {
+    let hidden = b.add("attn_residual", hidden, attention)?;
+    let prefix = format!("model.layers.{layer}");
+    let tensor = format!("{prefix}.post_attention_layernorm");
+    let x = rms_norm(b, "post_norm", hidden, &tensor, cx.cfg.rms_norm_eps)?;
+    let x = mlp(b, cx.cfg, &prefix, x)?;
+    b.add("mlp_residual", hidden, x)
+}

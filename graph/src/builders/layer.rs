@@ -1,0 +1,193 @@
+//! One layer without cache, for calibration.
+
+use mlac_model::{ModelConfig, Refusal};
+
+use super::{
+    attention::{self, gqa, mla},
+    check,
+    context::{Axes, Context, MlaForm},
+    decoder::{after_attention, attention_input},
+};
+use crate::{
+    error::Error,
+    ir::{DType, Dim, GraphBuilder, ValueId},
+    validate::ValidGraph,
+};
+
+/// A value inside a layer that the caller wants to see; each is an output of its own name.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Tap {
+    /// `hidden_out` `[batch, seq, D]`: the residual stream after the layer.
+    HiddenOut,
+    /// `attn_in` `[batch, seq, D]`: after the layer's first norm.
+    AttnIn,
+    /// `query` `[batch, seq, H, d]`: after bias and norm, before rotation. GQA layers only.
+    Query,
+    /// `key` `[batch, seq, G, d]`: after bias and norm, before rotation. GQA layers only.
+    Key,
+    /// `value` `[batch, seq, G, d]`: after bias. GQA layers only.
+    Value,
+    /// `heads` `[batch, seq, H*d_v]`: outputs of all heads, before the output projection.
+    Heads,
+    /// `attn_out` `[batch, seq, D]`: after the output projection and its bias.
+    AttnOut,
+}
+
+impl Tap {
+    /// Name of the output.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::HiddenOut => "hidden_out",
+            Self::AttnIn => "attn_in",
+            Self::Query => "query",
+            Self::Key => "key",
+            Self::Value => "value",
+            Self::Heads => "heads",
+            Self::AttnOut => "attn_out",
+        }
+    }
+
+    fn is_projection(self) -> bool {
+        matches!(self, Self::Query | Self::Key | Self::Value)
+    }
+}
+
+/// What a layer graph gives.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LayerOptions {
+    /// Wanted outputs, in this order; distinct, at least one.
+    pub taps: Vec<Tap>,
+    /// Type of weights and values; f32 for statistics.
+    pub dtype: DType,
+}
+
+/// One decoder layer over whole sequences, causal, with the layer's window.
+///
+/// Inputs: `hidden` `[batch, seq, D]`, the residual stream before the layer, and `position_ids` i64
+/// `[batch, seq]` when a tap needs attention ([`Tap::HiddenOut`], [`Tap::Heads`], [`Tap::AttnOut`]).
+/// Outputs: the taps under [`Tap::name`]. What no tap needs is not computed.
+/// Scores take `4 * batch * H * seq^2` bytes while the layer runs.
+pub fn layer_graph(
+    cfg: &ModelConfig,
+    layer: usize,
+    options: &LayerOptions,
+) -> Result<ValidGraph, Error> {
+    check::config(cfg)?;
+    check::layer(cfg, layer)?;
+    check::dtype(options.dtype)?;
+    check_taps(cfg, layer, &options.taps)?;
+    let mut builder = GraphBuilder::new(&format!("layer.{layer}"));
+    let b = &mut builder;
+    let (hidden, mut cx) = sequence_inputs(b, cfg, options.dtype);
+    let x = attention_input(b, &cx, layer, hidden)?;
+    let mut found = vec![(Tap::AttnIn, x)];
+    let heads = match cfg.mla_layer(layer) {
+        Some(&shape) => {
+            b.scope("attn", |b| mla::attend(b, &mut cx, layer, shape, x, None))?
+                .heads
+        }
+        None => {
+            let p = b.scope("attn", |b| gqa::project(b, &cx, layer, x))?;
+            let (heads, groups) = (cfg.num_attention_heads, cfg.num_key_value_heads);
+            let taps = [
+                (Tap::Query, p.query, heads),
+                (Tap::Key, p.key, groups),
+                (Tap::Value, p.value, groups),
+            ];
+            for (tap, value, count) in taps {
+                let shape = [
+                    cx.axes.batch.clone(),
+                    cx.axes.seq.clone(),
+                    count.into(),
+                    cfg.head_dim.into(),
+                ];
+                found.push((
+                    tap,
+                    b.reshape(&format!("{}_by_head", tap.name()), value, &shape)?,
+                ));
+            }
+            b.scope("attn", |b| gqa::attend(b, &mut cx, layer, &p, &[]))?
+                .heads
+        }
+    };
+    found.push((Tap::Heads, heads));
+    let out = b.scope("attn", |b| {
+        attention::output_projection(b, &cx, layer, heads)
+    })?;
+    found.push((Tap::AttnOut, out));
+    let hidden_out = after_attention(b, &cx, layer, hidden, out)?;
+    found.push((Tap::HiddenOut, hidden_out));
+    for tap in &options.taps {
+        if let Some((_, value)) = found.iter().find(|(t, _)| t == tap) {
+            b.output(tap.name(), *value);
+        }
+    }
+    builder.finish()
+}
+
+fn check_taps(cfg: &ModelConfig, layer: usize, taps: &[Tap]) -> Result<(), Refusal> {
+    let refuse = |expected: &str, found: &str, fix: &str| {
+        Err(Refusal::new(
+            format!("taps of layer {layer}"),
+            expected,
+            found,
+            fix,
+        ))
+    };
+    if taps.is_empty() {
+        return refuse("at least one tap", "none", "name a value to look at");
+    }
+    for (i, tap) in taps.iter().enumerate() {
+        if taps[..i].contains(tap) {
+            return refuse("distinct taps", tap.name(), "name each tap once");
+        }
+        if tap.is_projection() && cfg.mla_layer(layer).is_some() {
+            let fix = "tap the layer of the original model";
+            return refuse("taps that a converted layer has", tap.name(), fix);
+        }
+    }
+    Ok(())
+}
+
+/// The rest of a layer after the heads: output projection, residual and MLP, so that a refit
+/// projection need not rerun attention.
+///
+/// Inputs: `hidden` f32 `[batch, seq, D]`, the residual stream before the layer, and `attn_heads` f32
+/// `[batch, seq, H*d_v]`. Outputs: `attn_out` and `hidden_out`, f32 `[batch, seq, D]`.
+pub fn rest_of_layer_graph(cfg: &ModelConfig, layer: usize) -> Result<ValidGraph, Error> {
+    check::config(cfg)?;
+    check::layer(cfg, layer)?;
+    let mut b = GraphBuilder::new(&format!("rest_of_layer.{layer}"));
+    let (hidden, cx) = sequence_inputs(&mut b, cfg, DType::F32);
+    let width = attention::heads_width(&cx, layer);
+    let shape = vec![cx.axes.batch.clone(), cx.axes.seq.clone(), width.into()];
+    let heads = b.input("attn_heads", DType::F32, shape);
+    let out = b.scope("attn", |b| {
+        attention::output_projection(b, &cx, layer, heads)
+    })?;
+    let hidden_out = after_attention(&mut b, &cx, layer, hidden, out)?;
+    b.output(Tap::AttnOut.name(), out);
+    b.output(Tap::HiddenOut.name(), hidden_out);
+    b.finish()
+}
+
+/// Declares `hidden` and `position_ids` and makes the context of a graph without cache.
+fn sequence_inputs<'a>(
+    b: &mut GraphBuilder,
+    cfg: &'a ModelConfig,
+    dtype: DType,
+) -> (ValueId, Context<'a>) {
+    let axes = Axes {
+        batch: "batch".into(),
+        seq: "seq".into(),
+        past: Dim::known(0),
+    };
+    let tokens = vec![axes.batch.clone(), axes.seq.clone()];
+    let mut stream = tokens.clone();
+    stream.push(cfg.hidden_size.into());
+    let hidden = b.input("hidden", dtype, stream);
+    let positions = b.input("position_ids", DType::I64, tokens);
+    let mut cx = Context::new(cfg, dtype, axes, positions);
+    cx.mla_form = MlaForm::Expanded;
+    (hidden, cx)
+}

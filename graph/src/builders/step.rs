@@ -1,0 +1,101 @@
+//! One decode step of one layer's attention, for benchmarks.
+
+use mlac_model::{ModelConfig, Refusal};
+
+use super::{
+    attention, check,
+    context::{Axes, CacheProduct, Context, GqaForm, MlaForm},
+    decoder,
+};
+use crate::{
+    error::Error,
+    ir::{DType, Dim, GraphBuilder},
+    validate::ValidGraph,
+};
+
+/// Which attention is measured.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StepForm {
+    /// GQA in matrix products and a softmax.
+    GqaPrimitives,
+    /// GQA as `com.microsoft::GroupQueryAttention`.
+    GqaOperator,
+    /// MLA in absorbed form.
+    MlaAbsorbed,
+}
+
+impl StepForm {
+    /// A short name for messages and file names.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::GqaPrimitives => "gqa_primitives",
+            Self::GqaOperator => "gqa_operator",
+            Self::MlaAbsorbed => "mla_absorbed",
+        }
+    }
+}
+
+/// What kind of step is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepOptions {
+    /// Which attention; must be the one that the layer has.
+    pub form: StepForm,
+    /// Type of weights, caches and results.
+    pub dtype: DType,
+    /// Layout of the score product of the absorbed form.
+    pub product: CacheProduct,
+}
+
+/// Attention of one layer for one new token per sequence: projections, rotation, cache, softmax and
+/// output projection, without norms and MLP.
+///
+/// Inputs: `hidden` `[batch, 1, D]`, `position_ids` i64 `[batch, 1]` and the caches of the layer under
+/// their names in the decoder, with `past` dynamic. Outputs: `attn_out` `[batch, 1, D]` and the present
+/// caches. No padding; the layer's window applies.
+pub fn step_graph(
+    cfg: &ModelConfig,
+    layer: usize,
+    options: &StepOptions,
+) -> Result<ValidGraph, Error> {
+    check::config(cfg)?;
+    check::layer(cfg, layer)?;
+    check::dtype(options.dtype)?;
+    let is_mla = cfg.mla_layer(layer).is_some();
+    if is_mla != (options.form == StepForm::MlaAbsorbed) {
+        return Err(Error::Refused(Refusal::new(
+            format!("attention of layer {layer}"),
+            if is_mla {
+                "the MLA form, the layer is converted"
+            } else {
+                "a GQA form"
+            },
+            options.form.name(),
+            "choose a layer of that form",
+        )));
+    }
+    let mut b = GraphBuilder::new(&format!("step.{layer}"));
+    let axes = Axes {
+        batch: "batch".into(),
+        seq: Dim::known(1),
+        past: "past".into(),
+    };
+    let tokens = vec![axes.batch.clone(), axes.seq.clone()];
+    let mut stream = tokens.clone();
+    stream.push(cfg.hidden_size.into());
+    let hidden = b.input("hidden", options.dtype, stream);
+    let positions = b.input("position_ids", DType::I64, tokens);
+    let mut cx = Context::new(cfg, options.dtype, axes, positions);
+    cx.mla_form = MlaForm::Absorbed;
+    cx.product = options.product;
+    if options.form == StepForm::GqaOperator {
+        cx.gqa_form = GqaForm::GroupQueryAttention;
+    }
+    let past = attention::past_inputs(&mut b, &cx, layer);
+    let attended = decoder::attend(&mut b, &mut cx, layer, hidden, &past)?;
+    let out = attention::output_projection(&mut b, &cx, layer, attended.heads)?;
+    b.output("attn_out", out);
+    for (name, value) in attended.present {
+        b.output(&name, value);
+    }
+    b.finish()
+}
