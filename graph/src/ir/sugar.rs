@@ -221,7 +221,8 @@ impl GraphBuilder {
         Ok(id)
     }
 
-    /// An i64 `[1]` value that holds `dim` at run time: read off the first value that has such an axis.
+    /// An i64 `[1]` value that holds `dim` at run time: read off the first value that has such
+    /// an axis, or such an axis but for a constant.
     pub fn dim_value(&mut self, dim: &Dim) -> Result<ValueId> {
         if let Some(n) = dim.as_constant() {
             return Ok(self.ints(&[n]));
@@ -237,18 +238,27 @@ impl GraphBuilder {
                 .position(|d| d == dim)
                 .map(|axis| (id, axis))
         });
-        let Some((value, axis)) = found else {
-            return Err(NodeError {
-                node: format!("dim.{dim} (Shape)"),
-                expected: format!("a value with an axis of size {dim}"),
-                found: "none in the graph".to_owned(),
-            });
+        let id = match (found, dim.split_constant()) {
+            (Some((value, axis)), _) => {
+                let op = Op::Shape {
+                    start: axis,
+                    end: axis + 1,
+                };
+                self.top_level(|b| b.node(&format!("dim.{dim}"), op, &[value]))?
+            }
+            (None, (rest, plus)) if plus != 0 => {
+                let rest = self.dim_value(&rest)?;
+                let plus = self.ints(&[plus]);
+                self.top_level(|b| b.add(&format!("dim.{dim}"), rest, plus))?
+            }
+            _ => {
+                return Err(NodeError {
+                    node: format!("dim.{dim} (Shape)"),
+                    expected: format!("a value with an axis of size {dim}"),
+                    found: "none in the graph".to_owned(),
+                });
+            }
         };
-        let op = Op::Shape {
-            start: axis,
-            end: axis + 1,
-        };
-        let id = self.top_level(|b| b.node(&format!("dim.{dim}"), op, &[value]))?;
         self.dims.insert(dim.clone(), id);
         Ok(id)
     }
