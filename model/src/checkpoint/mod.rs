@@ -4,6 +4,8 @@ mod expected;
 mod gguf;
 mod map;
 pub mod safetensors;
+#[cfg(test)]
+mod tests;
 mod writer;
 
 use std::{

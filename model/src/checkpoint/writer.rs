@@ -333,7 +333,7 @@ fn sync_folder(folder: &Path) -> Result<(), Error> {
 }
 
 /// A write that failed; a full disk says how many bytes the file needs.
-fn write_error(path: &Path, needed: u64, source: io::Error) -> Error {
+pub(super) fn write_error(path: &Path, needed: u64, source: io::Error) -> Error {
     match source.kind() {
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
             Error::refusal(
