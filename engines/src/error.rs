@@ -75,8 +75,9 @@ fn lines(messages: &[String]) -> String {
     if messages.is_empty() {
         return " it logged nothing".into();
     }
-    messages
-        .iter()
-        .map(|message| format!("\n  {message}"))
-        .collect()
+    messages.iter().fold(String::new(), |mut text, message| {
+        text.push_str("\n  ");
+        text.push_str(message);
+        text
+    })
 }

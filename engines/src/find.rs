@@ -361,3 +361,150 @@ fn match_in(folder: &Path, file: &str) -> Option<PathBuf> {
         .map(|name| folder.join(name))
         .filter(|path| path.is_file())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn touch(path: &Path) {
+        fs::create_dir_all(path.parent().unwrap()).unwrap();
+        fs::write(path, "").unwrap();
+    }
+
+    fn around(variables: &[(&str, &Path)], program: &Path, current: &Path) -> Surroundings {
+        Surroundings {
+            variables: variables
+                .iter()
+                .map(|(name, value)| ((*name).to_owned(), value.as_os_str().to_owned()))
+                .collect(),
+            program: Some(program.to_path_buf()),
+            current: Some(current.to_path_buf()),
+        }
+    }
+
+    #[test]
+    fn places_are_tried_in_the_documented_order() {
+        let root = tempfile::tempdir().unwrap();
+        let at = |path: &str| root.path().join(path);
+        let program = at("checkout/target/debug/deps/mlac");
+        let current = at("elsewhere/deep");
+        let variables: Vec<(&str, PathBuf)> = vec![
+            ("MLAC_RUNTIME_DIR", at("runtimes")),
+            ("PYTHONPATH", at("packages")),
+            ("VIRTUAL_ENV", at("venv")),
+            ("LD_LIBRARY_PATH", at("loader")),
+        ];
+        let variables: Vec<(&str, &Path)> = variables
+            .iter()
+            .map(|(name, path)| (*name, path.as_path()))
+            .collect();
+        // From the last to the first: each new one must win.
+        for (file, reason) in [
+            ("loader/libonnxruntime.so.1.31.1", "LD_LIBRARY_PATH"),
+            (
+                "venv/lib/python3.11/site-packages/onnxruntime/capi/libonnxruntime.so.1.31.1",
+                "Python wheel",
+            ),
+            (
+                "packages/onnxruntime/capi/libonnxruntime.so.1.31.1",
+                "Python wheel",
+            ),
+            (
+                "elsewhere/target/runtime/onnxruntime/libonnxruntime.so",
+                "target/runtime",
+            ),
+            (
+                "checkout/target/runtime/onnxruntime/libonnxruntime.so",
+                "target/runtime",
+            ),
+            (
+                "checkout/target/debug/deps/runtime/onnxruntime/libonnxruntime.so",
+                "beside the program",
+            ),
+            ("runtimes/onnxruntime/libonnxruntime.so", "MLAC_RUNTIME_DIR"),
+        ] {
+            touch(&at(file));
+            let found = search(
+                Library::OnnxRuntime,
+                &around(&variables, &program, &current),
+            )
+            .unwrap()
+            .found
+            .unwrap();
+            assert_eq!((found.path, found.reason), (at(file), reason));
+        }
+        touch(&at("own/libonnxruntime.so"));
+        for own in [at("own"), at("own/libonnxruntime.so")] {
+            let mut variables = variables.clone();
+            variables.push(("MLAC_ONNXRUNTIME", &own));
+            let found = search(
+                Library::OnnxRuntime,
+                &around(&variables, &program, &current),
+            )
+            .unwrap()
+            .found
+            .unwrap();
+            assert_eq!(
+                (found.path, found.reason),
+                (at("own/libonnxruntime.so"), "MLAC_ONNXRUNTIME")
+            );
+        }
+    }
+
+    #[test]
+    fn a_variable_that_names_nothing_is_refused_and_not_passed_over() {
+        let root = tempfile::tempdir().unwrap();
+        touch(
+            &root
+                .path()
+                .join("target/runtime/onnxruntime/libonnxruntime.so"),
+        );
+        for wrong in [root.path().join("none"), root.path().to_path_buf()] {
+            let around = around(&[("MLAC_ONNXRUNTIME", &wrong)], root.path(), root.path());
+            let error = search(Library::OnnxRuntime, &around)
+                .unwrap_err()
+                .to_string();
+            assert!(
+                error.contains("variable MLAC_ONNXRUNTIME: expected libonnxruntime.so"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_missing_library_is_told_with_the_places_and_the_way_out() {
+        let root = tempfile::tempdir().unwrap();
+        let runtimes = root.path().join("runtimes");
+        let around = around(
+            &[("MLAC_RUNTIME_DIR", &runtimes)],
+            &root.path().join("mlac"),
+            root.path(),
+        );
+        let error = search(Library::TensorRtShim, &around)
+            .unwrap()
+            .require()
+            .unwrap_err()
+            .to_string();
+        let place = runtimes.join("tensorrt_shim").display().to_string();
+        assert!(
+            error.contains(&place) && error.contains("fix: run `cargo xtask setup`"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_latest_version_in_a_folder_is_taken() {
+        let root = tempfile::tempdir().unwrap();
+        for name in [
+            "libnvrtc.so.12",
+            "libnvrtc.so.13",
+            "libnvrtc-builtins.so.14",
+        ] {
+            touch(&root.path().join(name));
+        }
+        assert_eq!(
+            match_in(root.path(), "libnvrtc.so"),
+            Some(root.path().join("libnvrtc.so.13"))
+        );
+    }
+}

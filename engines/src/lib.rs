@@ -8,10 +8,12 @@
     reason = "product names in prose: TensorRT, SmolLM2"
 )]
 
+pub mod doctor;
 pub mod error;
 pub mod find;
 pub mod ort;
 pub mod parity;
+mod probe;
 pub mod tensorrt;
 
 pub use error::{EngineError, Result};

@@ -101,10 +101,10 @@ impl Parity {
     /// Every gate that fails; none means the tensors agree. NaN in a figure fails its gate.
     pub fn check(&self, tolerance: &Tolerance) -> Vec<Failure> {
         let at_most = |gate, found: f64, limit: f64| {
-            (!(found <= limit)).then_some(Failure { gate, limit, found })
+            (found > limit || found.is_nan()).then_some(Failure { gate, limit, found })
         };
         let at_least = |gate, found: f64, limit: f64| {
-            (!(found >= limit)).then_some(Failure { gate, limit, found })
+            (found < limit || found.is_nan()).then_some(Failure { gate, limit, found })
         };
         [
             at_most(
@@ -201,7 +201,9 @@ impl Comparer {
             };
             if !(x.is_finite() && y.is_finite()) {
                 all_finite = false;
-                if !(x == y || (x.is_nan() && y.is_nan())) {
+                let same =
+                    (x.is_nan() && y.is_nan()) || (x.is_infinite() && x.total_cmp(&y).is_eq());
+                if !same {
                     self.non_finite_mismatches += 1;
                     self.first_non_finite.get_or_insert(here);
                 }

@@ -1,5 +1,10 @@
 //! The decoder on a toy graph whose logits are whole numbers, against a plain reference.
-#![allow(missing_docs, reason = "tests")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::doc_markdown,
+    reason = "tests"
+)]
 
 use std::path::{Path, PathBuf};
 

@@ -1,12 +1,18 @@
 //! TensorRT for RTX on this machine, with or without a GPU: parsing, refusing, building.
-#![allow(missing_docs, reason = "tests")]
+#![allow(
+    missing_docs,
+    clippy::unwrap_used,
+    clippy::doc_markdown,
+    reason = "tests"
+)]
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use mlac_engines::ort::CacheLayout;
 use mlac_engines::tensorrt::{
-    BuildOptions, BuildProgress, Builder, InputShapes, Manifest, Profile, Range, Target,
-    TensorRtRtx, build_engines,
+    BuildOptions, BuildProgress, Builder, InputShapes, Manifest, Profiles, Target, TensorRtRtx,
+    build_engines,
 };
 
 fn data(name: &str) -> PathBuf {
@@ -133,19 +139,14 @@ fn files_are_refused_before_tensorrt_can_end_the_process() {
 }
 
 fn options(names: &[&str]) -> BuildOptions {
-    let past = Range::new(0, 4, 16);
+    let profiles = Profiles {
+        max_batch: 2,
+        max_context: 16,
+        max_prefill: 8,
+    };
     BuildOptions {
         targets: targets(names),
-        prefill: Profile {
-            batch: Range::only(1),
-            seq: Range::new(1, 4, 16),
-            past,
-        },
-        decode: Profile {
-            batch: Range::only(1),
-            seq: Range::only(1),
-            past,
-        },
+        profiles,
         threads: 1,
     }
 }
@@ -189,13 +190,13 @@ fn a_folder_becomes_engines_with_a_manifest_that_notices_every_change() {
     let cache: Vec<usize> = manifest
         .cache
         .iter()
-        .map(|layout| layout.numbers_per_token())
+        .map(CacheLayout::numbers_per_token)
         .collect();
     assert_eq!(cache, [8, 3]);
     let sources: Vec<&str> = manifest
         .sources
         .iter()
-        .filter_map(|source| source.file.to_str())
+        .map(|source| source.file.as_str())
         .collect();
     assert_eq!(sources, ["config.json", "decoder.onnx", "prefill.onnx"]);
     for engine in &manifest.engines {

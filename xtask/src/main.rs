@@ -8,6 +8,10 @@
     clippy::print_stderr,
     reason = "a command-line tool"
 )]
+#![allow(
+    clippy::doc_markdown,
+    reason = "product names in prose: TensorRT, SmolLM2"
+)]
 
 mod commands;
 mod error;

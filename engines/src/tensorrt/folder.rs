@@ -1,7 +1,7 @@
 //! All engines of an ONNX folder.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Instant;
 
 use mlac_model::Refusal;
@@ -9,7 +9,7 @@ use mlac_model::Refusal;
 use super::builder::{Attention, Builder};
 use super::library::TensorRtRtx;
 use super::manifest::{self, EngineRecord, Manifest, ProfileRecord};
-use super::profile::Profile;
+use super::profile::{Profile, Profiles};
 use super::target::Target;
 use crate::error::{EngineError, Result};
 use crate::ort::cache_layouts;
@@ -19,24 +19,10 @@ use crate::ort::cache_layouts;
 pub struct BuildOptions {
     /// One engine of each graph per target.
     pub targets: Vec<Target>,
-    /// Shapes of prompts.
-    pub prefill: Profile,
-    /// Shapes of steps.
-    pub decode: Profile,
+    /// What the engines are to take.
+    pub profiles: Profiles,
     /// Threads that TensorRT may use; 0 means one per core.
     pub threads: usize,
-}
-
-impl BuildOptions {
-    /// For sequences of up to `context` tokens, one at a time.
-    pub fn new(targets: Vec<Target>, context: usize) -> Self {
-        Self {
-            targets,
-            prefill: Profile::prefill(context),
-            decode: Profile::decode(context),
-            threads: 0,
-        }
-    }
 }
 
 /// Where a build is.
@@ -45,11 +31,11 @@ pub enum BuildProgress {
     /// Digests of the ONNX folder's files are being taken.
     Digesting,
     /// A graph is being parsed.
-    Parsing(PathBuf),
+    Parsing(String),
     /// The engine `index` of `count` is being built.
     Building {
         /// The graph.
-        graph: PathBuf,
+        graph: String,
         /// The target.
         target: Target,
         /// From 0.
@@ -63,7 +49,7 @@ pub enum BuildProgress {
 #[derive(Debug, Clone)]
 pub struct EngineReport {
     /// Its file in the engine folder.
-    pub file: PathBuf,
+    pub file: String,
     /// Its target.
     pub target: Target,
     /// Its size.
@@ -89,7 +75,7 @@ pub struct BuildReport {
 
 /// A graph of the folder, and what it is run for.
 struct Graph {
-    file: PathBuf,
+    file: String,
     stem: &'static str,
     profiles: Vec<(&'static str, Profile)>,
 }
@@ -115,6 +101,7 @@ pub fn build_engines(
     for target in &options.targets {
         target.check()?;
     }
+    options.profiles.check()?;
     if out.exists() {
         return Err(Refusal::new(
             out.display().to_string(),
@@ -215,14 +202,14 @@ fn build_graph(
         });
         let started = Instant::now();
         let engine = builder.build(&[*target], &shapes, threads)?;
-        let file = PathBuf::from(format!("{}.{target}.engine", graph.stem));
+        let file = format!("{}.{target}.engine", graph.stem);
         let place = staging.join(&file);
         fs::write(&place, engine.bytes()).map_err(EngineError::io(&place, "write the engine"))?;
         let bytes = engine.bytes().len() as u64;
         report.manifest.engines.push(EngineRecord {
             file: file.clone(),
             graph: graph.file.clone(),
-            target: target.to_string(),
+            targets: vec![target.to_string()],
             bytes,
             sha256: manifest::sha256(engine.bytes()),
             profiles: profiles.clone(),
@@ -242,8 +229,8 @@ fn build_graph(
 }
 
 fn graphs(onnx: &Path, options: &BuildOptions) -> Result<Vec<Graph>> {
-    let decoder = PathBuf::from("decoder.onnx");
-    let prefill = PathBuf::from("prefill.onnx");
+    let decoder = "decoder.onnx".to_owned();
+    let prefill = "prefill.onnx".to_owned();
     if !onnx.join(&decoder).is_file() {
         return Err(Refusal::new(
             onnx.display().to_string(),
@@ -253,7 +240,10 @@ fn graphs(onnx: &Path, options: &BuildOptions) -> Result<Vec<Graph>> {
         )
         .into());
     }
-    let both = [("prefill", options.prefill), ("decode", options.decode)];
+    let both = [
+        ("prefill", options.profiles.prefill()),
+        ("decode", options.profiles.decode()),
+    ];
     Ok(if onnx.join(&prefill).is_file() {
         vec![
             Graph {

@@ -19,7 +19,7 @@ const FORMAT: u32 = 1;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SourceRecord {
     /// Name in the ONNX folder.
-    pub file: PathBuf,
+    pub file: String,
     /// Size.
     pub bytes: u64,
     /// Hexadecimal.
@@ -39,11 +39,11 @@ pub struct ProfileRecord {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct EngineRecord {
     /// Name in the engine folder.
-    pub file: PathBuf,
+    pub file: String,
     /// The ONNX file that it was built from.
-    pub graph: PathBuf,
-    /// For example "sm89".
-    pub target: String,
+    pub graph: String,
+    /// The architectures it runs on, for example "sm89".
+    pub targets: Vec<String>,
     /// Size.
     pub bytes: u64,
     /// Hexadecimal.
@@ -135,11 +135,14 @@ impl Manifest {
             .map(|source| &source.file)
             .chain(manifest.engines.iter().map(|engine| &engine.file));
         for name in names {
-            if name.components().count() != 1 || name.file_name().is_none() {
+            let path_of_name = Path::new(name);
+            if path_of_name.components().count() != 1
+                || path_of_name.file_name() != Some(name.as_ref())
+            {
                 return Err(Refusal::new(
                     path.display().to_string(),
                     "plain file names",
-                    name.display().to_string(),
+                    name.clone(),
                     "build the engines again with `mlac build`",
                 )
                 .into());
@@ -199,7 +202,15 @@ pub(super) fn sources(onnx: &Path) -> Result<Vec<SourceRecord>> {
     for entry in fs::read_dir(onnx).map_err(EngineError::io(onnx, "list the ONNX folder"))? {
         let entry = entry.map_err(EngineError::io(onnx, "list the ONNX folder"))?;
         if entry.path().is_file() {
-            names.push(PathBuf::from(entry.file_name()));
+            let name = entry.file_name().into_string().map_err(|name| {
+                Refusal::new(
+                    onnx.join(name).display().to_string(),
+                    "a file name in UTF-8",
+                    "other bytes",
+                    "remove the file from the ONNX folder",
+                )
+            })?;
+            names.push(name);
         }
     }
     names.sort();

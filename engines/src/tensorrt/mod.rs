@@ -17,6 +17,6 @@ pub use builder::{Attention, Builder, Engine, InputShapes, NetworkTensor};
 pub use folder::{BuildOptions, BuildProgress, BuildReport, EngineReport, build_engines};
 pub use library::TensorRtRtx;
 pub use manifest::{EngineRecord, Manifest, ProfileRecord, SourceRecord, Stale};
-pub use profile::{Profile, Range};
+pub use profile::{Profile, Profiles, Range};
 pub use scan::{Node, nodes};
 pub use target::Target;

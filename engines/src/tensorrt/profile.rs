@@ -43,25 +43,57 @@ pub struct Profile {
     pub past: Range,
 }
 
-impl Profile {
-    /// Prompts of up to `context` tokens, into an empty or filled cache, up to `context` in all.
-    pub fn prefill(context: usize) -> Self {
-        Self {
-            batch: Range::only(1),
-            seq: Range::new(1, (context / 4).max(1), context.max(1)),
-            past: Range::new(0, 0, context),
+/// What a model's engines are to take.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Profiles {
+    /// Most sequences side by side.
+    pub max_batch: usize,
+    /// Most tokens of one sequence, prompt and answer together.
+    pub max_context: usize,
+    /// Most tokens of a prompt in one run; longer prompts go in pieces.
+    pub max_prefill: usize,
+}
+
+impl Profiles {
+    /// Prompts: fastest for one whole prompt into an empty cache.
+    pub fn prefill(&self) -> Profile {
+        Profile {
+            batch: Range::new(1, 1, self.max_batch),
+            seq: Range::new(1, self.max_prefill, self.max_prefill),
+            past: Range::new(0, 0, self.max_context - self.max_prefill),
         }
     }
 
-    /// One token at a time with up to `context` tokens before it.
-    pub fn decode(context: usize) -> Self {
-        Self {
-            batch: Range::only(1),
+    /// One token at a time: fastest in the middle of the context.
+    pub fn decode(&self) -> Profile {
+        Profile {
+            batch: Range::new(1, 1, self.max_batch),
             seq: Range::only(1),
-            past: Range::new(0, context / 2, context),
+            past: Range::new(0, self.max_context / 2, self.max_context - 1),
         }
     }
 
+    /// Sizes that contradict each other are refused before any work.
+    pub fn check(&self) -> Result<(), Refusal> {
+        if self.max_batch >= 1
+            && (1..=self.max_context).contains(&self.max_prefill)
+            && self.max_context >= 2
+        {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            "profiles",
+            "batch of at least 1, context of at least 2 tokens, prompts of 1 to context tokens",
+            format!(
+                "batch {}, context {}, prompt {}",
+                self.max_batch, self.max_context, self.max_prefill
+            ),
+            "correct the sizes",
+        ))
+    }
+}
+
+impl Profile {
     /// The shapes of a network's inputs, by the names and axes of an exported decoder.
     pub(super) fn shapes(
         &self,
@@ -190,12 +222,50 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_shapes_reach_the_context_and_no_further() {
+        for (max_context, max_prefill) in [(64, 64), (64, 8), (2, 1)] {
+            let profiles = Profiles {
+                max_batch: 3,
+                max_context,
+                max_prefill,
+            };
+            profiles.check().unwrap();
+            for profile in [profiles.prefill(), profiles.decode()] {
+                assert_eq!(profile.past.max + profile.seq.max, max_context);
+                for range in [profile.batch, profile.seq, profile.past] {
+                    assert!(
+                        range.min <= range.opt && range.opt <= range.max,
+                        "{range:?}"
+                    );
+                }
+            }
+        }
+        for (max_batch, max_context, max_prefill) in
+            [(0, 64, 8), (1, 64, 65), (1, 64, 0), (1, 1, 1)]
+        {
+            Profiles {
+                max_batch,
+                max_context,
+                max_prefill,
+            }
+            .check()
+            .unwrap_err();
+        }
+    }
+
+    #[test]
     fn an_axis_without_meaning_is_refused() {
         for (name, dims) in [
             ("other", vec![None]),
             ("past_latent.0", vec![None, None, None]),
         ] {
-            let error = Profile::decode(64)
+            let profiles = Profiles {
+                max_batch: 1,
+                max_context: 64,
+                max_prefill: 8,
+            };
+            let error = profiles
+                .decode()
                 .shapes("file", &[input(name, &dims)])
                 .unwrap_err()
                 .to_string();

@@ -19,6 +19,11 @@ impl Target {
     pub const ALL: [Self; RTX.len()] =
         [Self(75), Self(80), Self(86), Self(89), Self(120), Self(121)];
 
+    /// `sm89` and the like; whether an engine can be built for it is for [`check`](Self::check).
+    pub fn parse(text: &str) -> Result<Self, Refusal> {
+        text.parse()
+    }
+
     /// 10 x major + minor.
     pub fn number(self) -> u32 {
         self.0

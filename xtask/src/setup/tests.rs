@@ -37,16 +37,11 @@ const COUNTED: Component = Component {
 #[test]
 fn a_component_is_made_once_and_again_when_its_recipe_or_files_change() {
     let (_folder, workspace) = checkout("one");
-    let ensure = || {
-        ensure_components(
-            &Context {
-                workspace: &workspace,
-                offline: true,
-            },
-            &[COUNTED],
-        )
-        .unwrap()
+    let context = Context {
+        workspace: &workspace,
+        offline: true,
     };
+    let ensure = || ensure_components(&context, &[COUNTED]);
     let file = workspace.runtime().join("counted/file");
     for (change, made) in [
         ("first", 1),
@@ -63,7 +58,7 @@ fn a_component_is_made_once_and_again_when_its_recipe_or_files_change() {
             "stamp" => fs::write(file.with_file_name("setup.json"), "{").unwrap(),
             _ => {}
         }
-        ensure();
+        ensure().unwrap();
         assert_eq!(MADE.load(Ordering::Relaxed), made, "after: {change}");
         assert_eq!(fs::read_to_string(&file).unwrap(), "content");
     }
