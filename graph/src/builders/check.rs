@@ -116,6 +116,19 @@ pub(super) fn layer(cfg: &ModelConfig, layer: usize) -> Result<(), Refusal> {
     )
 }
 
+/// Refuses heads that `com.microsoft::GroupQueryAttention` does not take.
+pub(super) fn operator_heads(cfg: &ModelConfig) -> Result<(), Refusal> {
+    if cfg.head_dim % 8 == 0 {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        "form of the GQA layers",
+        "a head_dim that 8 divides, which com.microsoft::GroupQueryAttention needs",
+        cfg.head_dim.to_string(),
+        "use primitives",
+    ))
+}
+
 /// Refuses an element type in which a model cannot be computed.
 pub(super) fn dtype(dtype: DType) -> Result<(), Refusal> {
     require("dtype", dtype.is_float(), "f32 or f16", dtype)

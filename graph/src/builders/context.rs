@@ -29,7 +29,8 @@ pub enum GqaForm {
     /// Matrix products and a softmax.
     #[default]
     Primitives,
-    /// `com.microsoft::GroupQueryAttention`, which only ONNX Runtime knows.
+    /// `com.microsoft::GroupQueryAttention`, which only ONNX Runtime knows. It takes several new
+    /// tokens on top of a cache only for a batch of one.
     GroupQueryAttention,
 }
 

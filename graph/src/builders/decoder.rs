@@ -65,6 +65,9 @@ pub fn decoder_graph(cfg: &ModelConfig, options: &DecoderOptions) -> Result<Vali
             "use primitives for TensorRT",
         )));
     }
+    if operator {
+        check::operator_heads(cfg)?;
+    }
     let mut b = GraphBuilder::new("decoder");
     let axes = Axes {
         batch: "batch".into(),

@@ -88,6 +88,7 @@ pub fn step_graph(
     cx.mla_form = MlaForm::Absorbed;
     cx.product = options.product;
     if options.form == StepForm::GqaOperator {
+        check::operator_heads(cfg)?;
         cx.gqa_form = GqaForm::GroupQueryAttention;
     }
     let past = attention::past_inputs(&mut b, &cx, layer);

@@ -26,6 +26,8 @@ pub struct GraphBuilder {
     weights: BTreeMap<WeightRef, ValueId>,
     /// Values that hold one dimension each, i64 `[1]`.
     pub(super) dims: BTreeMap<Dim, ValueId>,
+    /// Values that hold one dimension each, i64 scalar.
+    pub(super) scalars: BTreeMap<Dim, ValueId>,
     /// Values that hold a whole shape, i64 `[rank]`.
     pub(super) shapes: BTreeMap<Vec<Dim>, ValueId>,
 }
@@ -46,6 +48,7 @@ impl GraphBuilder {
             constants: BTreeMap::new(),
             weights: BTreeMap::new(),
             dims: BTreeMap::new(),
+            scalars: BTreeMap::new(),
             shapes: BTreeMap::new(),
         }
     }

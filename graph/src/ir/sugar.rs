@@ -268,8 +268,14 @@ impl GraphBuilder {
         if let Some(n) = dim.as_constant() {
             return Ok(self.constant(InlineTensor::i64(&[], &[n])));
         }
+        if let Some(&id) = self.scalars.get(dim) {
+            return Ok(id);
+        }
         let value = self.dim_value(dim)?;
         let axes = self.ints(&[0]);
-        self.top_level(|b| b.node(&format!("scalar.{dim}"), Op::Squeeze, &[value, axes]))
+        let name = format!("scalar.{dim}");
+        let id = self.top_level(|b| b.node(&name, Op::Squeeze, &[value, axes]))?;
+        self.scalars.insert(dim.clone(), id);
+        Ok(id)
     }
 }
