@@ -1,0 +1,53 @@
+//! What can go wrong in a command, and the exit code it maps to.
+
+use std::path::PathBuf;
+
+use mlac_model::Refusal;
+
+/// Why a command did not finish.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An input, option or file was refused.
+    #[error(transparent)]
+    Refusal(#[from] Refusal),
+    /// Reading or writing a file failed.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: std::io::Error,
+    },
+    /// From the checkpoint readers and writers.
+    #[error(transparent)]
+    Model(#[from] mlac_model::Error),
+    /// From the conversion's mathematics.
+    #[error(transparent)]
+    Converter(#[from] mlac_converter::Error),
+    /// From the graph builders and the ONNX writer.
+    #[error(transparent)]
+    Graph(#[from] mlac_graph::Error),
+    /// From a runtime.
+    #[error(transparent)]
+    Engine(#[from] mlac_engines::EngineError),
+    /// Turning something into JSON or back failed.
+    #[error("{subject}: {source}")]
+    Json {
+        /// What was written or read.
+        subject: String,
+        /// What serde said.
+        source: serde_json::Error,
+    },
+}
+
+impl Error {
+    /// A JSON error with what was written or read.
+    pub fn json(subject: impl Into<String>, source: serde_json::Error) -> Self {
+        Self::Json { subject: subject.into(), source }
+    }
+
+    /// An I/O error with the path it happened at.
+    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
+        Self::Io { path: path.into(), source }
+    }
+}

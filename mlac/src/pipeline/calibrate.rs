@@ -1,0 +1,279 @@
+//! The walk over the layers: statistics from the converted stream, targets from the original one.
+//!
+//! Sequential calibration as GPTQ does it (Frantar et al. 2022): a layer is converted with the
+//! statistics of the input it will really get, that of the already converted layers below, and its
+//! output projection is fitted to what the original model put out.
+
+use mlac_converter::{
+    Attention, AttentionShape, LayerFactors, LayerReport, LayerStatistics, LayerWeights, Matrix, MlaTensors,
+    OutputRefit, Projection, Rotary, StatisticsOptions, WindowActivations, compose,
+    convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
+};
+use mlac_engines::ort::{SessionOptions, Value};
+use mlac_graph::builders::{Tap, layer_graph, rest_of_layer_graph};
+use mlac_graph::onnx::{MemoryWeights, Overlay};
+use mlac_model::{Checkpoint, ModelConfig};
+
+use super::convert::{LayerPlan, Method};
+use super::streams::{GraphRunner, HiddenStates, numbers, taps};
+use crate::error::Error;
+
+/// What one layer's conversion left.
+pub struct ConvertedLayer {
+    /// The layer's new tensors.
+    pub tensors: MlaTensors,
+    /// What the converter reports.
+    pub report: LayerReport,
+    /// Relative distance of the two residual streams after the layer.
+    pub stream_error: Option<f64>,
+}
+
+/// The attention weights of one layer, read from the checkpoint as f32.
+pub fn layer_weights(checkpoint: &Checkpoint, layer: usize) -> Result<LayerWeights, Error> {
+    let config = checkpoint.config();
+    let (hidden, d) = (config.hidden_size, config.head_dim);
+    let (queries, keys) = (config.num_attention_heads * d, config.num_key_value_heads * d);
+    let prefix = format!("model.layers.{layer}");
+    let vector = |name: &str, size: usize| checkpoint.f32(&format!("{prefix}.{name}"), &[size]);
+    let projection = |name: &str, out: usize, inner: usize, bias: bool| -> Result<_, Error> {
+        let data = checkpoint.f32(&format!("{prefix}.self_attn.{name}.weight"), &[out, inner])?;
+        let bias = bias
+            .then(|| vector(&format!("self_attn.{name}.bias"), out))
+            .transpose()?;
+        Ok(Projection {
+            weight: Matrix::from_vec(out, inner, data),
+            bias,
+        })
+    };
+    let norm = |name: &str| -> Result<Option<Vec<f32>>, Error> {
+        if !config.qk_norm {
+            return Ok(None);
+        }
+        Ok(Some(vector(&format!("self_attn.{name}.weight"), d)?))
+    };
+    Ok(LayerWeights {
+        layer,
+        attention: attention(config, layer),
+        q: projection("q_proj", queries, hidden, config.qkv_bias)?,
+        k: projection("k_proj", keys, hidden, config.qkv_bias)?,
+        v: projection("v_proj", keys, hidden, config.qkv_bias)?,
+        o: projection("o_proj", hidden, queries, config.o_bias)?,
+        input_norm: Some(vector("input_layernorm.weight", hidden)?),
+        q_norm: norm("q_norm")?,
+        k_norm: norm("k_norm")?,
+    })
+}
+
+/// How layer `layer` of the source attends.
+fn attention(config: &ModelConfig, layer: usize) -> Attention {
+    let table = config.rope.table(config.head_dim);
+    Attention {
+        shape: AttentionShape::of(config),
+        rotary: Rotary {
+            inv_freq: table.inv_freq,
+            attention_factor: table.attention_factor,
+        },
+        scale: (config.head_dim as f64).powf(-0.5),
+        sliding_window: config.sliding_window[layer],
+    }
+}
+
+/// Both streams and how they are run.
+pub struct Walk<'a> {
+    checkpoint: &'a Checkpoint,
+    /// The source's configuration with the MLA form of every layer that will be converted.
+    converted: &'a ModelConfig,
+    options: SessionOptions,
+    statistics: StatisticsOptions,
+    sequential: bool,
+    original: HiddenStates,
+    /// The converted stream, from the first converted layer on.
+    stream: Option<HiddenStates>,
+}
+
+impl<'a> Walk<'a> {
+    /// Embeds the windows.
+    pub fn start(
+        checkpoint: &'a Checkpoint,
+        converted: &'a ModelConfig,
+        windows: &[&[u32]],
+        options: SessionOptions,
+        statistics: StatisticsOptions,
+        sequential: bool,
+    ) -> Result<Self, Error> {
+        let original = HiddenStates::embed(checkpoint.config(), checkpoint, windows, &options)?;
+        Ok(Self {
+            checkpoint,
+            converted,
+            options,
+            statistics,
+            sequential,
+            original,
+            stream: None,
+        })
+    }
+
+    /// Passes a layer that is not converted.
+    pub fn pass(&mut self, layer: usize) -> Result<(), Error> {
+        let config = self.checkpoint.config();
+        self.original.advance(config, self.checkpoint, layer, &self.options)?;
+        if let Some(stream) = &mut self.stream {
+            stream.advance(config, self.checkpoint, layer, &self.options)?;
+        }
+        Ok(())
+    }
+
+    /// Converts a layer and moves both streams over it.
+    pub fn convert(&mut self, plan: &LayerPlan, method: &Method) -> Result<ConvertedLayer, Error> {
+        let weights = layer_weights(self.checkpoint, plan.layer)?;
+        let targets = self.run_original(plan.layer)?;
+        let stream = match self.stream.take() {
+            Some(stream) => stream,
+            None => targets.input.clone(),
+        };
+        let source = if self.sequential { &stream } else { &targets.input };
+        let statistics = self.gather(&weights, source)?;
+        let (mut factors, mut report) = run_method(&weights, &statistics, plan, method)?;
+        drop(statistics);
+
+        let mut tensors = compose(&weights, &factors)?;
+        if !self.sequential && method.refit().is_none() {
+            return Ok(ConvertedLayer { tensors, report, stream_error: None });
+        }
+        let heads = self.run_converted(plan.layer, &in_memory(plan.layer, &tensors)?, &stream)?;
+        if let Some(options) = method.refit() {
+            let mut refit = OutputRefit::new(plan.layer, &weights.attention.shape);
+            for (heads, target) in heads.iter().zip(&targets.attention) {
+                refit.accumulate(stream.tokens, numbers(heads)?, numbers(target)?)?;
+            }
+            let refitted = refit.solve(&weights.o, options)?;
+            report.refit_error_before = Some(refitted.error_before);
+            report.refit_error_after = Some(refitted.error_after);
+            factors.o = Some(refitted.o);
+            factors.o_bias = refitted.bias;
+            tensors = compose(&weights, &factors)?;
+        }
+        let stream = self.finish_layer(plan.layer, &in_memory(plan.layer, &tensors)?, stream, &heads)?;
+        let stream_error = Some(stream.relative_distance(&self.original)?);
+        self.stream = Some(stream);
+        Ok(ConvertedLayer { tensors, report, stream_error })
+    }
+
+    /// Runs the original layer on the original stream; keeps its input and attention outputs.
+    fn run_original(&mut self, layer: usize) -> Result<Targets, Error> {
+        let wanted = taps(&[Tap::HiddenOut, Tap::AttnOut]);
+        let graph = layer_graph(self.checkpoint.config(), layer, &wanted)?;
+        let subject = format!("layer {layer}");
+        let mut runner = GraphRunner::open(&subject, &graph, self.checkpoint, &self.options)?;
+        let input = self.original.clone();
+        let mut attention = Vec::with_capacity(input.windows.len());
+        for i in 0..input.windows.len() {
+            let mut out = runner.run(&input.inputs(i))?;
+            attention.push(out.remove(1));
+            self.original.windows[i] = out.remove(0);
+        }
+        Ok(Targets { input, attention })
+    }
+
+    /// Queries, keys and values of the original weights on `source`, summed up.
+    fn gather(&self, weights: &LayerWeights, source: &HiddenStates) -> Result<LayerStatistics, Error> {
+        let layer = weights.layer;
+        let wanted = taps(&[Tap::Query, Tap::Key, Tap::Value]);
+        let graph = layer_graph(self.checkpoint.config(), layer, &wanted)?;
+        let subject = format!("projections of layer {layer}");
+        let mut runner = GraphRunner::open(&subject, &graph, self.checkpoint, &self.options)?;
+        let mut statistics =
+            LayerStatistics::new(layer, &weights.attention, &weights.o.weight, self.statistics)?;
+        for i in 0..source.windows.len() {
+            let out = runner.run(&source.inputs(i))?;
+            statistics.accumulate(&WindowActivations {
+                tokens: source.tokens,
+                q: numbers(&out[0])?,
+                k: numbers(&out[1])?,
+                v: numbers(&out[2])?,
+            })?;
+        }
+        Ok(statistics)
+    }
+
+    /// Head outputs of the converted layer on `stream`.
+    fn run_converted(
+        &self,
+        layer: usize,
+        tensors: &MemoryWeights,
+        stream: &HiddenStates,
+    ) -> Result<Vec<Value>, Error> {
+        let graph = layer_graph(self.converted, layer, &taps(&[Tap::Heads]))?;
+        let source = Overlay::new(tensors, self.checkpoint);
+        let subject = format!("converted layer {layer}");
+        let mut runner = GraphRunner::open(&subject, &graph, &source, &self.options)?;
+        (0..stream.windows.len())
+            .map(|i| Ok(runner.run(&stream.inputs(i))?.remove(0)))
+            .collect()
+    }
+
+    /// Output projection, residual and MLP of the converted layer.
+    fn finish_layer(
+        &self,
+        layer: usize,
+        tensors: &MemoryWeights,
+        mut stream: HiddenStates,
+        heads: &[Value],
+    ) -> Result<HiddenStates, Error> {
+        let graph = rest_of_layer_graph(self.converted, layer)?;
+        let source = Overlay::new(tensors, self.checkpoint);
+        let subject = format!("rest of converted layer {layer}");
+        let mut runner = GraphRunner::open(&subject, &graph, &source, &self.options)?;
+        for (i, heads) in heads.iter().enumerate() {
+            let mut out = runner.run(&[("hidden", &stream.windows[i]), ("attn_heads", heads)])?;
+            stream.windows[i] = out.remove(0);
+        }
+        Ok(stream)
+    }
+}
+
+/// What the original layer did.
+struct Targets {
+    input: HiddenStates,
+    attention: Vec<Value>,
+}
+
+/// Converts a layer from its weights alone.
+pub fn convert_from_weights(
+    checkpoint: &Checkpoint,
+    plan: &LayerPlan,
+    method: &Method,
+) -> Result<ConvertedLayer, Error> {
+    let weights = layer_weights(checkpoint, plan.layer)?;
+    let statistics = prior_statistics(&weights, mlac_converter::DistancePrior::default())?;
+    let (factors, report) = run_method(&weights, &statistics, plan, method)?;
+    let tensors = compose(&weights, &factors)?;
+    Ok(ConvertedLayer { tensors, report, stream_error: None })
+}
+
+fn run_method(
+    weights: &LayerWeights,
+    statistics: &LayerStatistics,
+    plan: &LayerPlan,
+    method: &Method,
+) -> Result<(LayerFactors, LayerReport), Error> {
+    Ok(match method {
+        Method::Recipe(recipe) => convert_layer(weights, statistics, plan.ranks, recipe)?,
+        Method::TransMla(options) => convert_layer_transmla(weights, statistics, plan.ranks, *options)?,
+        Method::Svd => convert_layer_svd(weights, plan.ranks)?,
+    })
+}
+
+/// The converted tensors under their checkpoint names, as a source for graphs.
+fn in_memory(layer: usize, tensors: &MlaTensors) -> Result<MemoryWeights, Error> {
+    let mut memory = MemoryWeights::new();
+    for (name, shape, data) in tensors.named() {
+        memory.insert(tensor_name(layer, name), &shape, data.to_vec())?;
+    }
+    Ok(memory)
+}
+
+/// Name of an attention tensor in the checkpoint.
+pub fn tensor_name(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.self_attn.{name}")
+}

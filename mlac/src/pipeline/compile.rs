@@ -1,0 +1,322 @@
+//! The whole way, top to bottom.
+
+use std::path::Path;
+use std::time::Instant;
+
+use mlac_engines::parity::Tolerance;
+use mlac_engines::tensorrt::{EngineReport, Profiles, Target};
+use mlac_graph::builders::{GqaForm, Runtime};
+use mlac_graph::ir::DType;
+use mlac_model::Checkpoint;
+
+use super::convert::{ConvertRequest, Record, convert};
+use super::export::{ExportOptions, export};
+use super::ranks::cache_plan;
+use super::subject::Subject;
+use super::{bench, build, evaluate, generate, verify};
+use crate::error::Error;
+use crate::progress::Progress;
+use crate::report::data::{
+    CachePoint, DecodePoint, EngineRow, ParityRow, PerplexityRow, Report, StageTime,
+};
+use crate::report::html;
+
+/// Contexts in the report's table of cache sizes.
+const CACHE_CONTEXTS: [usize; 6] = [1 << 10, 1 << 12, 1 << 13, 1 << 15, 1 << 16, 1 << 17];
+/// Tokens compared between the checkpoint and its graphs, the last of them decoded one at a time.
+const PARITY_TOKENS: usize = 256;
+const PARITY_STEPS: usize = 32;
+const GENERATED_TOKENS: usize = 48;
+const BENCH_REPEATS: usize = 5;
+
+/// What to compile.
+pub struct CompileRequest<'a> {
+    /// The conversion; its output lies in the staging folder.
+    pub convert: ConvertRequest<'a>,
+    /// Folder to fill.
+    pub staging: &'a Path,
+    /// Its final name, for the commands in the report.
+    pub output: &'a Path,
+    /// The source as the user named it.
+    pub source: &'a Path,
+    /// Evaluation text.
+    pub evaluation: Option<&'a Path>,
+    /// Tokens in an evaluation window.
+    pub eval_window: usize,
+    /// Evaluation windows.
+    pub eval_windows: usize,
+    /// GPU architectures to build engines for.
+    pub targets: Vec<Target>,
+    /// Shapes they are optimised for.
+    pub profiles: Profiles,
+    /// Contexts of the decode timing.
+    pub contexts: &'a [usize],
+    /// Prompt to continue.
+    pub prompt: &'a str,
+    /// The command as given.
+    pub command: String,
+}
+
+/// Seconds of the stages so far.
+struct Clock {
+    times: Vec<StageTime>,
+    last: Instant,
+}
+
+impl Clock {
+    fn lap(&mut self, stage: &str) {
+        let seconds = self.last.elapsed().as_secs_f64();
+        self.times.push(StageTime { stage: stage.to_owned(), seconds });
+        self.last = Instant::now();
+    }
+}
+
+/// Converts, exports, builds, verifies, evaluates, times, generates and reports.
+pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Report, Error> {
+    let threads = request.convert.threads;
+    let mut clock = Clock { times: Vec::new(), last: Instant::now() };
+    let at = |name: &str| request.staging.join(name);
+
+    // Checkpoint -> statistics -> MLA checkpoint.
+    let record = convert(&request.convert, progress)?;
+    let converted = Checkpoint::open(at("checkpoint"))?;
+    clock.lap("calibrate and convert");
+
+    // MLA checkpoint -> ONNX; the source too, as the baseline of timing.
+    let standard = ExportOptions { dtype: DType::F32, gqa_form: GqaForm::Primitives, runtime: Runtime::Standard };
+    export(&converted, &at("onnx"), standard, progress)?;
+    export(request.convert.checkpoint, &at("onnx-gqa"), standard, progress)?;
+    clock.lap("export ONNX");
+
+    // ONNX -> engines.
+    let engines = build_engines(request, &converted, progress)?;
+    if !request.targets.is_empty() {
+        clock.lap("build engines");
+    }
+
+    // Verify at every arrow.
+    let parity = verify_all(request, progress)?;
+    clock.lap("verify");
+
+    let perplexity = measure_quality(request, progress)?;
+    if perplexity.is_some() {
+        clock.lap("evaluate");
+    }
+
+    let decode = time_decode(request, progress)?;
+    clock.lap("time decode steps");
+
+    let mut subject = Subject::open(&at("onnx"), threads)?;
+    let emitted = subject.cache_numbers();
+    let generation = generate::generate(&mut subject, request.prompt, GENERATED_TOKENS)?;
+    clock.lap("generate");
+
+    let report = Report {
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        command: request.command.clone(),
+        source: request.source.display().to_string(),
+        shape: shape_line(request),
+        gqa_cache_numbers: record.gqa_cache_numbers,
+        mla_cache_numbers: emitted,
+        cache_dtype_bytes: 2,
+        cache: cache_points(request),
+        layers: record.layers.clone(),
+        perplexity,
+        decode,
+        decode_command: decode_command(request),
+        parity,
+        engines,
+        prompt: generation.prompt,
+        generated: generation.text,
+        times: clock.times,
+        peak_memory: peak_memory(),
+    };
+    refuse_wrong_cache(&record, emitted)?;
+    write_report(request.staging, &report)?;
+    Ok(report)
+}
+
+/// The emitted graph's cache must be what the plan said.
+fn refuse_wrong_cache(record: &Record, emitted: usize) -> Result<(), Error> {
+    if record.mla_cache_numbers == emitted {
+        return Ok(());
+    }
+    Err(mlac_model::Refusal::new(
+        "cache of the emitted graph",
+        format!("{} numbers a token, as planned", record.mla_cache_numbers),
+        emitted.to_string(),
+        "report this as a defect of mlac",
+    )
+    .into())
+}
+
+fn shape_line(request: &CompileRequest<'_>) -> String {
+    let config = request.convert.checkpoint.config();
+    let ranks = request.convert.layers.first().map(|l| l.ranks);
+    format!(
+        "{:?}, {} layers, hidden size {}, {} query heads, {} KV heads of {}; {} layers converted to latent {} + rotary key {}",
+        config.architecture,
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        request.convert.layers.len(),
+        ranks.map_or(0, |r| r.kv_lora_rank),
+        ranks.map_or(0, |r| r.qk_rope_head_dim),
+    )
+}
+
+fn cache_points(request: &CompileRequest<'_>) -> Vec<CachePoint> {
+    let plan = cache_plan(request.convert.checkpoint.config(), &request.convert.layers, 2);
+    CACHE_CONTEXTS
+        .iter()
+        .map(|&context| CachePoint {
+            context,
+            gqa_bytes: plan.gqa_bytes(context),
+            mla_bytes: plan.mla_bytes(context),
+        })
+        .collect()
+}
+
+fn build_engines(
+    request: &CompileRequest<'_>,
+    converted: &Checkpoint,
+    progress: Progress,
+) -> Result<Vec<EngineRow>, Error> {
+    if request.targets.is_empty() {
+        return Ok(Vec::new());
+    }
+    let options = ExportOptions { dtype: DType::F16, gqa_form: GqaForm::Primitives, runtime: Runtime::TensorRt };
+    let onnx = request.staging.join("onnx-tensorrt");
+    export(converted, &onnx, options, progress)?;
+    let folder = request.staging.join("engines");
+    let report =
+        build::build(&onnx, &folder, &request.targets, request.profiles, request.convert.threads, progress)?;
+    Ok(report.engines.iter().map(engine_row).collect())
+}
+
+fn engine_row(engine: &EngineReport) -> EngineRow {
+    EngineRow {
+        file: engine.file.clone(),
+        target: engine.target.to_string(),
+        bytes: engine.bytes,
+        seconds: engine.seconds,
+        attention: build::attention_text(engine.attention),
+        ran: "not run on a GPU".to_owned(),
+    }
+}
+
+fn verify_all(request: &CompileRequest<'_>, progress: Progress) -> Result<Vec<ParityRow>, Error> {
+    let threads = request.convert.threads;
+    let staged = |name: &str| request.staging.join(name);
+    let shown = |name: &str| request.output.join(name).display().to_string();
+    let source = request.source.display().to_string();
+    let pairs = [
+        ("source: layers against ONNX", request.source.to_path_buf(), source.clone(), "onnx-gqa", true),
+        ("converted: layers against ONNX, prefill and decode", staged("checkpoint"), shown("checkpoint"), "onnx", true),
+        ("source against converted", request.source.to_path_buf(), source, "onnx", false),
+    ];
+    let mut rows = Vec::new();
+    for (what, a, a_shown, b, exact) in pairs {
+        let mut reference = Subject::open(&a, threads)?;
+        let mut candidate = Subject::open(&staged(b), threads)?;
+        let result = verify::verify(
+            &mut reference,
+            &mut candidate,
+            None,
+            PARITY_TOKENS,
+            PARITY_STEPS,
+            &Tolerance::EXACT,
+            threads,
+            progress,
+        )?;
+        rows.push(ParityRow {
+            what: what.to_owned(),
+            passed: exact.then_some(result.failures.is_empty()),
+            figures: result.figures,
+            command: format!("mlac verify {a_shown} {}", shown(b)),
+        });
+    }
+    Ok(rows)
+}
+
+fn measure_quality(request: &CompileRequest<'_>, progress: Progress) -> Result<Option<PerplexityRow>, Error> {
+    let Some(text) = request.evaluation else {
+        return Ok(None);
+    };
+    let measure = |folder: &str| {
+        let mut subject = Subject::open(&request.staging.join(folder), request.convert.threads)?;
+        evaluate::evaluate(
+            &mut subject,
+            text,
+            request.eval_window,
+            Some(request.eval_windows),
+            request.convert.threads,
+            progress,
+        )
+    };
+    let original = measure("onnx-gqa")?;
+    let converted = measure("onnx")?;
+    let command = |folder: &str| {
+        format!(
+            "mlac eval {} --text {} --window {} --windows {}",
+            request.output.join(folder).display(),
+            text.display(),
+            request.eval_window,
+            original.losses.len()
+        )
+    };
+    Ok(Some(PerplexityRow {
+        text: text.display().to_string(),
+        window: request.eval_window,
+        windows: original.losses.len(),
+        original: original.perplexity,
+        converted: converted.perplexity,
+        ratio: converted.perplexity / original.perplexity,
+        command_original: command("onnx-gqa"),
+        command_converted: command("onnx"),
+    }))
+}
+
+fn time_decode(request: &CompileRequest<'_>, progress: Progress) -> Result<Vec<DecodePoint>, Error> {
+    let (gqa, mla) = (request.staging.join("onnx-gqa"), request.staging.join("onnx"));
+    let results =
+        bench::bench(&[&gqa, &mla], request.contexts, BENCH_REPEATS, request.convert.threads, progress)?;
+    Ok(results
+        .into_iter()
+        .map(|r| DecodePoint { context: r.context, gqa_ms: r.milliseconds[0], mla_ms: r.milliseconds[1] })
+        .collect())
+}
+
+fn decode_command(request: &CompileRequest<'_>) -> String {
+    let contexts: Vec<String> = request.contexts.iter().map(usize::to_string).collect();
+    format!(
+        "mlac bench {} {} --contexts {} --repeats {BENCH_REPEATS}",
+        request.output.join("onnx-gqa").display(),
+        request.output.join("onnx").display(),
+        contexts.join(",")
+    )
+}
+
+fn write_report(folder: &Path, report: &Report) -> Result<(), Error> {
+    let write = |name: &str, text: &str| {
+        let path = folder.join(name);
+        std::fs::write(&path, text).map_err(|e| Error::io(path, e))
+    };
+    write("report.json", &super::convert::pretty(report)?)?;
+    write("report.html", &html::page(report))
+}
+
+/// Peak resident memory of this process in bytes; 0 where the system does not say.
+pub fn peak_memory() -> u64 {
+    std::fs::read_to_string("/proc/self/status")
+        .ok()
+        .and_then(|text| {
+            text.lines()
+                .find_map(|l| l.strip_prefix("VmHWM:"))
+                .and_then(|v| v.split_whitespace().next())
+                .and_then(|v| v.parse::<u64>().ok())
+        })
+        .map_or(0, |kib| kib * 1024)
+}

@@ -1,0 +1,457 @@
+//! GQA checkpoint to MLA checkpoint: plan, statistics, factors, shards.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use mlac_converter::{Recipe, RankChoice, RefitOptions, StatisticsOptions, TransMla};
+use mlac_engines::ort::SessionOptions;
+use mlac_model::checkpoint::{CheckpointWriter, expected_tensors};
+use mlac_model::config::mla_config_json;
+use mlac_model::tensor::{bytes_from_f32, check_finite, f32_from_bytes};
+use mlac_model::{Checkpoint, Dtype, MlaConfig, MlaEncoder, MlaLayer, ModelConfig, Refusal, TensorInfo};
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+
+use super::calibrate::{ConvertedLayer, Walk, convert_from_weights, tensor_name};
+use crate::error::Error;
+use crate::progress::Progress;
+use crate::report::data::LayerRow;
+use crate::windows::Windows;
+
+/// Which mathematics converts a layer.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Method {
+    /// mlac's recipe.
+    Recipe(Recipe),
+    /// TransMLA, the baseline people know.
+    TransMla(TransMla),
+    /// Low rank of the weights.
+    Svd,
+}
+
+impl Method {
+    /// How the output projection is refitted, if it is.
+    pub fn refit(&self) -> Option<RefitOptions> {
+        match self {
+            Self::Recipe(recipe) => recipe.refit,
+            Self::TransMla(_) | Self::Svd => None,
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Self::Recipe(_) => "recipe",
+            Self::TransMla(_) => "transmla",
+            Self::Svd => "svd",
+        }
+    }
+}
+
+/// Where statistics come from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Calibration {
+    /// The weights alone.
+    Weights,
+    /// Windows of a text.
+    Text {
+        /// The text.
+        path: PathBuf,
+        /// Windows, spread over it.
+        windows: usize,
+        /// Tokens in a window.
+        window: usize,
+        /// Query rows sampled in a window.
+        query_rows: usize,
+    },
+}
+
+/// One layer to convert.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct LayerPlan {
+    /// Index.
+    pub layer: usize,
+    /// r and `d_r`.
+    pub ranks: RankChoice,
+}
+
+/// A conversion to do.
+pub struct ConvertRequest<'a> {
+    /// The source.
+    pub checkpoint: &'a Checkpoint,
+    /// Folder to write.
+    pub output: &'a Path,
+    /// Layers and their ranks, in order.
+    pub layers: Vec<LayerPlan>,
+    /// Mathematics.
+    pub method: Method,
+    /// Whether statistics come from the converted layers below.
+    pub sequential: bool,
+    /// Statistics.
+    pub calibration: Calibration,
+    /// Type of converted tensors.
+    pub dtype: Dtype,
+    /// Largest shard in bytes.
+    pub max_shard: u64,
+    /// Threads for ONNX Runtime.
+    pub threads: usize,
+}
+
+/// `mlac.json`: what was done to which input.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct Record {
+    /// Version of mlac.
+    pub mlac: String,
+    /// Digests of the source's tensors (SHA-256), by name.
+    pub source: BTreeMap<String, String>,
+    /// Method and its choices.
+    pub method: String,
+    /// The recipe, as text.
+    pub recipe: serde_json::Value,
+    /// Where statistics come from.
+    pub calibration: CalibrationRecord,
+    /// Numbers cached per token of all layers, before.
+    pub gqa_cache_numbers: usize,
+    /// And after.
+    pub mla_cache_numbers: usize,
+    /// Converted layers.
+    pub layers: Vec<LayerRow>,
+}
+
+/// Where statistics came from.
+#[derive(Debug, Clone, Serialize, Deserialize)]
+pub struct CalibrationRecord {
+    /// File name of the text, or `none`.
+    pub text: String,
+    /// SHA-256 of the token ids used.
+    pub tokens_sha256: String,
+    /// Windows used.
+    pub windows: usize,
+    /// Tokens in a window.
+    pub window: usize,
+    /// Whether errors of converted layers were seen by later ones.
+    pub sequential: bool,
+}
+
+/// The source's configuration with the MLA form of the planned layers.
+pub fn converted_config(source: &ModelConfig, layers: &[LayerPlan]) -> ModelConfig {
+    let encoder = if source.qk_norm { MlaEncoder::NormedKey } else { MlaEncoder::Hidden };
+    let layers = layers
+        .iter()
+        .map(|plan| {
+            let form = MlaLayer {
+                kv_lora_rank: plan.ranks.kv_lora_rank,
+                qk_rope_head_dim: plan.ranks.qk_rope_head_dim,
+                qk_nope_head_dim: source.head_dim,
+                v_head_dim: source.head_dim,
+                encoder,
+            };
+            (plan.layer, form)
+        })
+        .collect();
+    ModelConfig {
+        mla: Some(MlaConfig {
+            layers,
+            attention_scale: (source.head_dim as f64).powf(-0.5),
+            o_bias: source.o_bias,
+        }),
+        ..source.clone()
+    }
+}
+
+/// Numbers cached per token by all layers of a model.
+pub fn cache_numbers(config: &ModelConfig) -> usize {
+    (0..config.num_hidden_layers)
+        .map(|i| config.mla_layer(i).map_or(config.gqa_cache_width(), MlaLayer::cache_width))
+        .sum()
+}
+
+/// Converts and writes; returns what `mlac.json` says.
+pub fn convert(request: &ConvertRequest<'_>, progress: Progress) -> Result<Record, Error> {
+    let checkpoint = request.checkpoint;
+    let source = checkpoint.config();
+    refuse_converted(checkpoint)?;
+    let config = converted_config(source, &request.layers);
+    let windows = read_windows(request)?;
+    let writer = CheckpointWriter::create(request.output, tensor_plan(request, &config)?, request.max_shard)?;
+
+    let rows = convert_layers(request, &config, windows.as_ref(), &writer, progress)?;
+    let digests = copy_rest(checkpoint, &config, &writer, progress)?;
+
+    let record = Record {
+        mlac: env!("CARGO_PKG_VERSION").to_owned(),
+        source: digests,
+        method: request.method.name().to_owned(),
+        recipe: recipe_json(&request.method)?,
+        calibration: calibration_record(request, windows.as_ref()),
+        gqa_cache_numbers: cache_numbers(source),
+        mla_cache_numbers: cache_numbers(&config),
+        layers: rows,
+    };
+    write_side_files(checkpoint, source, &config, &record, &writer)?;
+    writer.finish()?;
+    Ok(record)
+}
+
+fn refuse_converted(checkpoint: &Checkpoint) -> Result<(), Error> {
+    if checkpoint.config().mla.is_none() {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        format!("model {}", checkpoint.path().display()),
+        "a GQA checkpoint",
+        "one that is converted already",
+        "convert the original checkpoint",
+    )
+    .into())
+}
+
+/// The calibration text's windows with the chosen ones.
+struct Chosen {
+    windows: Windows,
+    indices: Vec<usize>,
+}
+
+impl Chosen {
+    fn slices(&self) -> Vec<&[u32]> {
+        self.indices.iter().map(|&i| self.windows.get(i)).collect()
+    }
+}
+
+fn read_windows(request: &ConvertRequest<'_>) -> Result<Option<Chosen>, Error> {
+    let Calibration::Text { path, windows, window, .. } = &request.calibration else {
+        return Ok(None);
+    };
+    let longest = request.checkpoint.config().max_position_embeddings;
+    if *window > longest {
+        return Err(Refusal::new(
+            "--calib-window",
+            format!("at most the model's {longest} positions"),
+            window.to_string(),
+            "give shorter windows",
+        )
+        .into());
+    }
+    let all = Windows::read(path, &request.checkpoint.tokenizer()?, *window)?;
+    let indices = all.spread(*windows, path)?;
+    Ok(Some(Chosen { windows: all, indices }))
+}
+
+/// Every tensor of the output: new ones in the asked type, others as the source has them.
+fn tensor_plan(request: &ConvertRequest<'_>, config: &ModelConfig) -> Result<Vec<TensorInfo>, Error> {
+    expected_tensors(config)
+        .into_iter()
+        .map(|(name, shape)| {
+            let dtype = if is_converted(config, &name) {
+                if name.ends_with("rotary_inv_freq") { Dtype::F32 } else { request.dtype }
+            } else {
+                request.checkpoint.info(&name)?.dtype
+            };
+            Ok(TensorInfo::new(name, dtype, shape))
+        })
+        .collect()
+}
+
+/// Whether a tensor belongs to the attention of a converted layer.
+fn is_converted(config: &ModelConfig, name: &str) -> bool {
+    name.strip_prefix("model.layers.")
+        .and_then(|rest| rest.split_once('.'))
+        .filter(|(_, rest)| rest.starts_with("self_attn."))
+        .and_then(|(layer, _)| layer.parse().ok())
+        .is_some_and(|layer| config.mla_layer(layer).is_some())
+}
+
+fn convert_layers(
+    request: &ConvertRequest<'_>,
+    config: &ModelConfig,
+    windows: Option<&Chosen>,
+    writer: &CheckpointWriter,
+    progress: Progress,
+) -> Result<Vec<LayerRow>, Error> {
+    let Some(last) = request.layers.last().map(|l| l.layer) else {
+        return Err(Refusal::new("--layers", "at least one layer to convert", "none", "see `mlac plan`").into());
+    };
+    let mut rows = Vec::new();
+    let mut keep = |converted: ConvertedLayer, plan: &LayerPlan| -> Result<(), Error> {
+        write_layer(plan.layer, &converted, request.dtype, writer)?;
+        rows.push(layer_row(plan, converted));
+        Ok(())
+    };
+    let Some(chosen) = windows else {
+        let stage = progress.stage("converting layers", request.layers.len() as u64);
+        for plan in &request.layers {
+            stage.doing(format!("layer {}", plan.layer));
+            keep(convert_from_weights(request.checkpoint, plan, &request.method)?, plan)?;
+            stage.step();
+        }
+        drop(stage);
+        return Ok(rows);
+    };
+    let stage = progress.stage("calibrating and converting", last as u64 + 1);
+    stage.doing("embedding");
+    let rows_per_window = match request.calibration {
+        Calibration::Text { query_rows, .. } => query_rows,
+        Calibration::Weights => 0,
+    };
+    let statistics = StatisticsOptions { sampled_rows: rows_per_window, ..StatisticsOptions::default() };
+    let options = SessionOptions::default().with_threads(request.threads);
+    let mut walk =
+        Walk::start(request.checkpoint, config, &chosen.slices(), options, statistics, request.sequential)?;
+    for layer in 0..=last {
+        stage.doing(format!("layer {layer}"));
+        match request.layers.iter().find(|p| p.layer == layer) {
+            Some(plan) => keep(walk.convert(plan, &request.method)?, plan)?,
+            None => walk.pass(layer)?,
+        }
+        stage.step();
+    }
+    drop(stage);
+    Ok(rows)
+}
+
+fn write_layer(
+    layer: usize,
+    converted: &ConvertedLayer,
+    dtype: Dtype,
+    writer: &CheckpointWriter,
+) -> Result<(), Error> {
+    for (name, shape, data) in converted.tensors.named() {
+        let name = tensor_name(layer, name);
+        check_finite(&format!("converted tensor {name}"), &shape, data)?;
+        let dtype = if name.ends_with("rotary_inv_freq") { Dtype::F32 } else { dtype };
+        let bytes = bytes_from_f32(dtype, data).ok_or_else(|| {
+            Refusal::new("--dtype", "f32, f16 or bf16", dtype.safetensors_name(), "choose one of them")
+        })?;
+        if dtype == Dtype::F16 {
+            refuse_overflow(&name, &shape, &bytes)?;
+        }
+        writer.write(&name, &bytes)?;
+    }
+    Ok(())
+}
+
+/// Rounding to f16 may overflow; that is a refusal, not an infinity in a file.
+fn refuse_overflow(name: &str, shape: &[usize], bytes: &[u8]) -> Result<(), Error> {
+    if let Some(rounded) = f32_from_bytes(Dtype::F16, bytes) {
+        check_finite(&format!("converted tensor {name} in f16"), shape, &rounded)?;
+    }
+    Ok(())
+}
+
+fn layer_row(plan: &LayerPlan, converted: ConvertedLayer) -> LayerRow {
+    let report = converted.report;
+    LayerRow {
+        layer: plan.layer,
+        kv_lora_rank: plan.ranks.kv_lora_rank,
+        qk_rope_head_dim: plan.ranks.qk_rope_head_dim,
+        output_error: report.error,
+        refit_error_before: report.refit_error_before,
+        refit_error: report.refit_error_after,
+        stream_error: converted.stream_error,
+        spectrum: report.spectrum,
+        beta: report.beta,
+        kept_by_frequency: report.kept_by_frequency,
+        notes: report.notes,
+    }
+}
+
+/// Copies every tensor that is not converted; returns the digests of all the source's tensors.
+fn copy_rest(
+    checkpoint: &Checkpoint,
+    config: &ModelConfig,
+    writer: &CheckpointWriter,
+    progress: Progress,
+) -> Result<BTreeMap<String, String>, Error> {
+    let wanted: std::collections::HashSet<String> = expected_tensors(config)
+        .into_iter()
+        .map(|(name, _)| name)
+        .filter(|name| !is_converted(config, name))
+        .collect();
+    let tensors = checkpoint.tensors();
+    let stage = progress.stage("copying other tensors", tensors.len() as u64);
+    let mut digests = BTreeMap::new();
+    for info in tensors {
+        stage.doing(&info.name);
+        let bytes = checkpoint.bytes(&info.name)?;
+        digests.insert(info.name.clone(), hex(&Sha256::digest(&bytes)));
+        if wanted.contains(&info.name) {
+            if let Some(numbers) = f32_from_bytes(info.dtype, &bytes) {
+                check_finite(&format!("tensor {}", info.name), &info.shape, &numbers)?;
+            }
+            writer.write(&info.name, &bytes)?;
+        }
+        stage.step();
+    }
+    Ok(digests)
+}
+
+fn write_side_files(
+    checkpoint: &Checkpoint,
+    source: &ModelConfig,
+    config: &ModelConfig,
+    record: &Record,
+    writer: &CheckpointWriter,
+) -> Result<(), Error> {
+    let Some(mla) = &config.mla else {
+        return Ok(());
+    };
+    let json = mla_config_json(checkpoint.raw_config(), source, mla);
+    writer.write_file("config.json", pretty(&json)?.as_bytes())?;
+    writer.write_file("mlac.json", pretty(record)?.as_bytes())?;
+    let mut has_tokenizer = false;
+    for file in checkpoint.side_files() {
+        has_tokenizer |= file.file_name().is_some_and(|n| n == "tokenizer.json");
+        writer.copy_file(&file)?;
+    }
+    if !has_tokenizer && let Ok(tokenizer) = checkpoint.tokenizer() {
+        writer.write_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
+    }
+    Ok(())
+}
+
+fn recipe_json(method: &Method) -> Result<serde_json::Value, Error> {
+    let value = match method {
+        Method::Recipe(recipe) => serde_json::to_value(recipe),
+        Method::TransMla(options) => serde_json::to_value(options),
+        Method::Svd => Ok(serde_json::Value::Null),
+    };
+    value.map_err(|e| Error::json("the recipe", e))
+}
+
+fn calibration_record(request: &ConvertRequest<'_>, windows: Option<&Chosen>) -> CalibrationRecord {
+    let mut hasher = Sha256::new();
+    for window in windows.map(Chosen::slices).unwrap_or_default() {
+        for token in window {
+            hasher.update(token.to_le_bytes());
+        }
+    }
+    let (text, window) = match &request.calibration {
+        Calibration::Weights => ("none".to_owned(), 0),
+        Calibration::Text { path, window, .. } => {
+            let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+            (name, *window)
+        }
+    };
+    CalibrationRecord {
+        text,
+        tokens_sha256: hex(&hasher.finalize()),
+        windows: windows.map_or(0, |w| w.indices.len()),
+        window,
+        sequential: windows.is_some() && request.sequential,
+    }
+}
+
+/// Indented JSON with a final newline.
+pub fn pretty(value: &impl Serialize) -> Result<String, Error> {
+    let mut text = serde_json::to_string_pretty(value).map_err(|e| Error::json("output", e))?;
+    text.push('\n');
+    Ok(text)
+}
+
+/// Lower-case hexadecimal.
+pub fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write as _;
+    bytes.iter().fold(String::new(), |mut out, b| {
+        let _ = write!(out, "{b:02x}");
+        out
+    })
+}

@@ -1,0 +1,15 @@
+//! The pipeline: one module a step, [`compile`](compile::compile) is all of them in order.
+
+pub mod bench;
+pub mod build;
+pub mod calibrate;
+pub mod compile;
+pub mod convert;
+pub mod evaluate;
+pub mod export;
+pub mod generate;
+pub mod ranks;
+pub mod steps;
+pub mod streams;
+pub mod subject;
+pub mod verify;

@@ -1,0 +1,164 @@
+//! A model to look at, whatever form it has: a checkpoint, a GGUF file or an ONNX folder.
+
+use std::path::{Path, PathBuf};
+
+use mlac_engines::ort::{CacheLayout, Decoder, SessionOptions};
+use mlac_model::tokenizer::Tokenizer;
+use mlac_model::{Checkpoint, ModelConfig, Refusal};
+
+use super::streams::{GraphRunner, HiddenStates, numbers};
+use crate::error::Error;
+
+/// The graph file that makes a folder an ONNX folder.
+const DECODER: &str = "decoder.onnx";
+
+/// A model that can be run.
+pub enum Subject {
+    /// Run layer by layer, one layer's weights in memory.
+    Checkpoint(Box<Checkpoint>),
+    /// Run through its sessions: a prefill, then steps with the cache.
+    Onnx {
+        /// The folder.
+        folder: PathBuf,
+        /// What its config.json says.
+        config: Box<ModelConfig>,
+        /// Its sessions.
+        decoder: Box<Decoder>,
+    },
+}
+
+impl Subject {
+    /// Opens a checkpoint, a GGUF file, an ONNX folder, or a folder that `mlac compile` wrote (its ONNX folder).
+    pub fn open(path: &Path, threads: usize) -> Result<Self, Error> {
+        for folder in [path.to_path_buf(), path.join("onnx")] {
+            if folder.join(DECODER).is_file() {
+                let options = SessionOptions::default().with_threads(threads);
+                let decoder = Box::new(Decoder::open(&folder, &options)?);
+                let config = Box::new(read_config(&folder)?);
+                return Ok(Self::Onnx { folder, config, decoder });
+            }
+        }
+        Ok(Self::Checkpoint(Box::new(Checkpoint::open(path)?)))
+    }
+
+    /// The model's configuration.
+    pub fn config(&self) -> &ModelConfig {
+        match self {
+            Self::Checkpoint(checkpoint) => checkpoint.config(),
+            Self::Onnx { config, .. } => config,
+        }
+    }
+
+    /// Numbers cached per token by all layers: of an ONNX folder what its graph's inputs have.
+    pub fn cache_numbers(&self) -> usize {
+        match self {
+            Self::Checkpoint(checkpoint) => super::convert::cache_numbers(checkpoint.config()),
+            Self::Onnx { decoder, .. } => {
+                decoder.layouts().iter().map(CacheLayout::numbers_per_token).sum()
+            }
+        }
+    }
+
+    /// The model's tokenizer.
+    pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
+        match self {
+            Self::Checkpoint(checkpoint) => Ok(checkpoint.tokenizer()?),
+            Self::Onnx { folder, .. } => Ok(Tokenizer::from_folder(folder)?),
+        }
+    }
+
+    /// Calls `each` with the position and its logits `[vocab]` for every token of `ids`; an ONNX
+    /// folder takes the last `steps` tokens one at a time.
+    pub fn logits(
+        &mut self,
+        ids: &[u32],
+        steps: usize,
+        threads: usize,
+        mut each: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        match self {
+            Self::Checkpoint(checkpoint) => {
+                let options = SessionOptions::default().with_threads(threads);
+                let mut states = HiddenStates::embed(checkpoint.config(), &**checkpoint, &[ids], &options)?;
+                for layer in 0..checkpoint.config().num_hidden_layers {
+                    states.advance(checkpoint.config(), &**checkpoint, layer, &options)?;
+                }
+                let mut head = Head::open(checkpoint, &options)?;
+                head.run(&states, 0, each)
+            }
+            Self::Onnx { decoder, .. } => {
+                decoder.reset();
+                let ids: Vec<i64> = ids.iter().map(|&t| i64::from(t)).collect();
+                let prompt = ids.len() - steps.min(ids.len() - 1);
+                let logits = decoder.prefill(&ids[..prompt])?;
+                for position in 0..prompt {
+                    each(position, &logits.row(0, position))?;
+                }
+                drop(logits);
+                for (position, &id) in ids.iter().enumerate().skip(prompt) {
+                    each(position, &decoder.step(id)?.last(0))?;
+                }
+                Ok(())
+            }
+        }
+    }
+}
+
+/// The configuration in an ONNX folder.
+fn read_config(folder: &Path) -> Result<ModelConfig, Error> {
+    let path = folder.join("config.json");
+    let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;
+    let name = path.display().to_string();
+    let raw = serde_json::from_slice(&bytes).map_err(|e| Error::json(&name, e))?;
+    Ok(ModelConfig::from_json(&raw, &name)?)
+}
+
+/// Tokens whose logits are computed at once: bounds memory for large vocabularies.
+const HEAD_CHUNK: usize = 256;
+
+/// Final norm and output embedding of a checkpoint.
+pub struct Head {
+    runner: GraphRunner,
+    hidden_size: usize,
+    vocab_size: usize,
+}
+
+impl Head {
+    /// Opens the head's graph.
+    pub fn open(checkpoint: &Checkpoint, options: &SessionOptions) -> Result<Self, Error> {
+        let config = checkpoint.config();
+        let graph = mlac_graph::builders::head_graph(config)?;
+        Ok(Self {
+            runner: GraphRunner::open("the output head", &graph, checkpoint, options)?,
+            hidden_size: config.hidden_size,
+            vocab_size: config.vocab_size,
+        })
+    }
+
+    /// Calls `each` with every position's logits of window `window`.
+    pub fn run(
+        &mut self,
+        states: &HiddenStates,
+        window: usize,
+        mut each: impl FnMut(usize, &[f32]) -> Result<(), Error>,
+    ) -> Result<(), Error> {
+        let hidden = numbers(&states.windows[window])?;
+        for (chunk, rows) in hidden.chunks(HEAD_CHUNK * self.hidden_size).enumerate() {
+            let tokens = rows.len() / self.hidden_size;
+            let input = super::streams::f32_value([1, tokens, self.hidden_size], rows.to_vec())?;
+            let out = self.runner.run(&[("hidden", &input)])?;
+            for (i, logits) in numbers(&out[0])?.chunks(self.vocab_size).enumerate() {
+                each(chunk * HEAD_CHUNK + i, logits)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Refuses an empty prompt.
+pub fn refuse_empty(ids: &[u32], subject: &str) -> Result<(), Error> {
+    if ids.is_empty() {
+        return Err(Refusal::new(subject, "at least one token", "none", "give some text").into());
+    }
+    Ok(())
+}
