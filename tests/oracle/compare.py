@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 # Computed numbers, relative to the largest of their tensor: another processor sums in another order.
 LOGITS_TOLERANCE = 1e-5
 FREQUENCY_TOLERANCE = 1e-6
-COMPUTED = ("logits", "probe_logits", "logsumexp", "max_abs")
+COMPUTED = ("logits", "probe_logits", "logsumexp")
 
 
 def folders(committed: Path, fresh: Path, whole: bool) -> list[str]:

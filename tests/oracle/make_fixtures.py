@@ -54,6 +54,10 @@ def write_all(folder: Path, gguf: Path | None, only: str | None) -> None:
         write_json(folder / "smollm2" / "encodings.json", smollm2.encodings(gguf))
         save_file(smollm2.logits(gguf), folder / "smollm2" / "oracle.safetensors")
         print("smollm2")
+    # safetensors writes files that only their owner can read.
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)
 
 
 def main() -> int:

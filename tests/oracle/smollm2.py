@@ -128,7 +128,7 @@ def logits(gguf: Path) -> dict[str, torch.Tensor]:
     """What a reader must reproduce on TOKENS tokens of TEXT.
 
     input_ids [1, TOKENS] i64; top1 [TOKENS] i64, the id of the largest logit; logsumexp [TOKENS] f32 over the whole
-    vocabulary; probe_ids [PROBES] i64; probe_logits [TOKENS, PROBES] f32; max_abs [1] f32, the logits' scale.
+    vocabulary; probe_ids [PROBES] i64; probe_logits [TOKENS, PROBES] f32.
     """
     input_ids = torch.tensor([encode(tokenizer(gguf), TEXT)[:TOKENS]])
     if input_ids.shape[1] != TOKENS:
@@ -143,7 +143,6 @@ def logits(gguf: Path) -> dict[str, torch.Tensor]:
         "logsumexp": torch.logsumexp(out.double(), -1).float(),
         "probe_ids": probe_ids,
         "probe_logits": out[:, probe_ids].contiguous(),
-        "max_abs": out.abs().max().reshape(1),
     }
 
 

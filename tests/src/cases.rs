@@ -3,12 +3,15 @@
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use crate::Outcome;
+use crate::compare::Difference;
 
 /// Outcomes of named cases.
 #[derive(Debug, Default)]
 pub struct Cases {
     passed: usize,
     failed: Vec<(String, String)>,
+    /// The case with the largest measured difference.
+    worst: Option<(String, f64)>,
 }
 
 impl Cases {
@@ -19,6 +22,23 @@ impl Cases {
 
     /// Runs one case; a panic inside it is a failure of that case.
     pub fn run(&mut self, name: impl Into<String>, case: impl FnOnce() -> Outcome) {
+        self.take(name.into(), case);
+    }
+
+    /// Runs one case that measures a difference; the largest one is printed at the end.
+    pub fn measure(&mut self, name: impl Into<String>, case: impl FnOnce() -> Outcome<Difference>) {
+        let name = name.into();
+        if let Some(found) = self.take(name.clone(), case)
+            && self
+                .worst
+                .as_ref()
+                .is_none_or(|(_, most)| found.of_scale > *most)
+        {
+            self.worst = Some((name, found.of_scale));
+        }
+    }
+
+    fn take<T>(&mut self, name: String, case: impl FnOnce() -> Outcome<T>) -> Option<T> {
         let outcome = catch_unwind(AssertUnwindSafe(case)).unwrap_or_else(|panic| {
             let message = panic
                 .downcast_ref::<String>()
@@ -30,8 +50,14 @@ impl Cases {
             ))
         });
         match outcome {
-            Ok(()) => self.passed += 1,
-            Err(why) => self.failed.push((name.into(), why)),
+            Ok(found) => {
+                self.passed += 1;
+                Some(found)
+            }
+            Err(why) => {
+                self.failed.push((name, why));
+                None
+            }
         }
     }
 
@@ -39,21 +65,29 @@ impl Cases {
     ///
     /// # Panics
     /// On any failure.
+    #[expect(
+        clippy::print_stdout,
+        reason = "a measured figure, shown with --nocapture"
+    )]
     pub fn finish(self, least: usize) {
         let total = self.passed + self.failed.len();
+        if let Some((name, most)) = &self.worst {
+            println!("{total} cases, largest difference {most:.1e} of the scale in {name}");
+        }
         assert!(
             total >= least,
             "only {total} cases ran, at least {least} exist: check the list of cases"
         );
-        let lines: String = self
+        let lines: Vec<String> = self
             .failed
             .iter()
             .map(|(name, why)| format!("\n  {name}: {why}"))
             .collect();
         assert!(
             self.failed.is_empty(),
-            "{} of {total} cases failed:{lines}",
-            self.failed.len()
+            "{} of {total} cases failed:{}",
+            self.failed.len(),
+            lines.concat()
         );
     }
 }

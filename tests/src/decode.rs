@@ -1,49 +1,64 @@
-//! A fixture's text through an exported folder in ONNX Runtime: one prefill, then token by token.
+//! A fixture's text through an exported folder in ONNX Runtime, piece by piece with the cache.
 
 use std::path::Path;
 
 use mlac_engines::ort::{
-    CacheLayout, Decoder, Dim, HostTensor, Logits, OrtSession, SessionOptions, Value,
+    CacheKind, CacheLayout, Decoder, Dim, HostTensor, Logits, OrtSession, SessionOptions, Value,
 };
+use mlac_graph::builders::DecoderOptions;
+use mlac_graph::ir::DType;
+use mlac_model::ModelConfig;
 
+use crate::compare::{Difference, require_close};
 use crate::fixtures::Io;
 use crate::{Outcome, text};
 
 /// What decoding a fixture's text gave.
 #[derive(Debug)]
 pub struct Decoded {
-    /// `[batch, prefill + steps, vocab]`, as in [`Io::logits`].
+    /// `[batch, seq, vocab]`, as in [`Io::logits`].
     pub logits: Vec<f32>,
     /// What each layer caches, as the graph declares it.
     pub layouts: Vec<CacheLayout>,
-    /// Numbers cached per token and sequence, measured on the last step's outputs.
+    /// Bytes cached per token and sequence, measured on the last step's outputs.
     pub cached_per_token: f64,
 }
 
-/// Runs the first `prefill` tokens at once and the rest one by one through the product's decoder.
+/// Runs a text in `pieces` of so many tokens through the product's decoder.
 ///
 /// The decoder takes texts of equal length; padded ones go through [`decode_padded`].
-pub fn decode(folder: &Path, io: &Io, prefill: usize) -> Outcome<Decoded> {
+pub fn decode(folder: &Path, io: &Io, pieces: &[usize]) -> Outcome<Decoded> {
     let options = SessionOptions::default().with_threads(1);
     let mut decoder = Decoder::open(folder, &options).map_err(text)?;
     let rows: Vec<&[i64]> = io.input_ids.chunks(io.seq).collect();
-    let mut pieces = Vec::new();
+    let mut results = Vec::new();
     let mut start = 0;
-    for end in std::iter::once(prefill).chain(prefill + 1..=io.seq) {
+    for &piece in pieces {
+        let end = start + piece;
         let ids: Vec<&[i64]> = rows.iter().map(|row| &row[start..end]).collect();
-        pieces.push((start, decoder.append(&ids).map_err(text)?));
+        results.push((start, decoder.append(&ids).map_err(text)?));
         start = end;
     }
+    require_whole(start, io)?;
     let mut logits = vec![0.0; io.batch * io.seq * io.vocab];
-    for (start, piece) in &pieces {
+    for (start, piece) in &results {
         place(&mut logits, io, *start, piece)?;
     }
     Ok(Decoded {
         logits,
         layouts: decoder.layouts(),
-        // Element size: every fixture is exported in f32.
-        cached_per_token: decoder.cache_bytes_per_token().unwrap_or(f64::NAN) / 4.0,
+        cached_per_token: decoder.cache_bytes_per_token().unwrap_or(f64::NAN),
     })
+}
+
+fn require_whole(tokens: usize, io: &Io) -> Outcome {
+    if tokens == io.seq {
+        return Ok(());
+    }
+    Err(format!(
+        "pieces of {tokens} tokens, the text has {}",
+        io.seq
+    ))
 }
 
 fn place(logits: &mut [f32], io: &Io, start: usize, piece: &Logits) -> Outcome {
@@ -66,8 +81,8 @@ fn place(logits: &mut [f32], io: &Io, start: usize, piece: &Logits) -> Outcome {
 }
 
 /// The same for texts padded on the left, with their attention mask and positions as inputs.
-/// Gives the logits `[batch, prefill + steps, vocab]`.
-pub fn decode_padded(folder: &Path, io: &Io, prefill: usize) -> Outcome<Vec<f32>> {
+/// Gives the logits `[batch, seq, vocab]`.
+pub fn decode_padded(folder: &Path, io: &Io, pieces: &[usize]) -> Outcome<Vec<f32>> {
     let options = SessionOptions::default().with_threads(1);
     let open = |name: &str| OrtSession::open(&folder.join(name), &options).map_err(text);
     let mut step = open("decoder.onnx")?;
@@ -96,9 +111,10 @@ pub fn decode_padded(folder: &Path, io: &Io, prefill: usize) -> Outcome<Vec<f32>
     }
     let mut logits = vec![0.0; io.batch * io.seq * io.vocab];
     let mut start = 0;
-    for end in std::iter::once(prefill).chain(prefill + 1..=io.seq) {
+    for &piece in pieces {
+        let end = start + piece;
         let session = match &mut first {
-            Some(first) if start == 0 => first,
+            Some(first) if piece > 1 => first,
             _ => &mut step,
         };
         let integers = |tensor: &[i64], range: std::ops::Range<usize>| {
@@ -131,8 +147,8 @@ pub fn decode_padded(folder: &Path, io: &Io, prefill: usize) -> Outcome<Vec<f32>
             );
             *value = output(&present)?;
         }
-        let piece = output("logits")?;
-        let numbers = piece.as_f32().ok_or("logits are not f32")?;
+        let numbers = output("logits")?.to_host();
+        let numbers = numbers.to_f32();
         let width = (end - start) * io.vocab;
         for row in 0..io.batch {
             let at = (row * io.seq + start) * io.vocab;
@@ -140,5 +156,52 @@ pub fn decode_padded(folder: &Path, io: &Io, prefill: usize) -> Outcome<Vec<f32>
         }
         start = end;
     }
+    require_whole(start, io)?;
     Ok(logits)
+}
+
+/// Runs a fixture's text and compares its logits with `expected` `[batch, seq, vocab]`, and the
+/// caches of the graph with what `config` says: their kinds, and the bytes that a step returned.
+pub fn compare(
+    folder: &Path,
+    config: &ModelConfig,
+    options: DecoderOptions,
+    (io, pieces): (&Io, &[usize]),
+    (expected, tolerance): (&[f64], f64),
+) -> Outcome<Difference> {
+    let expected = io.real(expected);
+    if io.padded() {
+        let logits = decode_padded(folder, io, pieces)?;
+        return require_close(&io.real(&logits), &expected, &[io.vocab], tolerance);
+    }
+    let decoded = decode(folder, io, pieces)?;
+    let found = require_close(&io.real(&decoded.logits), &expected, &io.shape(), tolerance)?;
+    let caches: Vec<CacheLayout> = (0..config.num_hidden_layers)
+        .map(|layer| CacheLayout {
+            layer,
+            kind: match config.mla_layer(layer) {
+                Some(mla) => CacheKind::Latent {
+                    width: mla.cache_width(),
+                },
+                None => CacheKind::KeyValue {
+                    heads: config.num_key_value_heads,
+                    key_width: config.head_dim,
+                    value_width: config.head_dim,
+                },
+            },
+        })
+        .collect();
+    if decoded.layouts != caches {
+        return Err(format!("caches {:?}, expected {caches:?}", decoded.layouts));
+    }
+    let size = if options.dtype == DType::F16 { 2 } else { 4 };
+    let numbers: usize = caches.iter().map(CacheLayout::numbers_per_token).sum();
+    let bytes = (numbers * size) as f64;
+    if (decoded.cached_per_token - bytes).abs() > 1e-9 {
+        return Err(format!(
+            "{} bytes cached per token, expected {bytes}",
+            decoded.cached_per_token
+        ));
+    }
+    Ok(found)
 }

@@ -4,46 +4,45 @@ use std::fs;
 use std::path::Path;
 
 use mlac_graph::ValidGraph;
-use mlac_graph::builders::{DecoderOptions, GqaForm, MlaForm, Runtime, decoder_graph};
-use mlac_graph::ir::DType;
+use mlac_graph::builders::{DecoderOptions, GqaForm, MlaForm, decoder_graph};
 use mlac_graph::onnx::write_folder;
 use mlac_model::Checkpoint;
 
 use crate::{Outcome, text};
 
-/// The forms a layer that is not converted can take, in standard operators and in the fused one.
-pub const GQA_FORMS: [GqaForm; 2] = [GqaForm::Primitives, GqaForm::GroupQueryAttention];
+/// Options of an export in f32 for any runtime, everything else as the product has it.
+pub fn standard() -> DecoderOptions {
+    DecoderOptions::default()
+}
 
-/// Writes `checkpoint` in f32 as `decoder.onnx`, absorbed in MLA layers, and for an MLA model
-/// `prefill.onnx`, expanded, over one data file.
-pub fn export(checkpoint: &Path, folder: &Path, gqa_form: GqaForm) -> Outcome {
-    write(
-        checkpoint,
-        folder,
+/// The same with layers that are not converted in this form.
+pub fn with_gqa(gqa_form: GqaForm) -> DecoderOptions {
+    DecoderOptions {
         gqa_form,
-        &[
-            ("decoder.onnx", MlaForm::Absorbed),
-            ("prefill.onnx", MlaForm::Expanded),
-        ],
-    )
+        ..standard()
+    }
 }
 
-/// Writes `checkpoint` in f32 as one `decoder.onnx` in this form.
-pub fn export_one(checkpoint: &Path, folder: &Path, mla_form: MlaForm) -> Outcome {
-    write(
-        checkpoint,
-        folder,
-        GqaForm::Primitives,
-        &[("decoder.onnx", mla_form)],
-    )
+/// Writes `checkpoint` as `decoder.onnx`, absorbed in MLA layers, and for an MLA model
+/// `prefill.onnx`, expanded, over one data file.
+pub fn export(checkpoint: &Path, folder: &Path, options: DecoderOptions) -> Outcome {
+    let form = |mla_form| DecoderOptions {
+        mla_form,
+        ..options
+    };
+    let files = [
+        ("decoder.onnx", form(MlaForm::Absorbed)),
+        ("prefill.onnx", form(MlaForm::Expanded)),
+    ];
+    write(checkpoint, folder, &files)
 }
 
-fn write(
-    checkpoint: &Path,
-    folder: &Path,
-    gqa_form: GqaForm,
-    files: &[(&str, MlaForm)],
-) -> Outcome {
+/// Writes `checkpoint` as one `decoder.onnx`.
+pub fn export_one(checkpoint: &Path, folder: &Path, options: DecoderOptions) -> Outcome {
+    write(checkpoint, folder, &[("decoder.onnx", options)])
+}
+
+fn write(checkpoint: &Path, folder: &Path, files: &[(&str, DecoderOptions)]) -> Outcome {
     let checkpoint = Checkpoint::open(checkpoint).map_err(text)?;
     let config = checkpoint.config();
     // The forms differ in MLA layers only.
@@ -54,28 +53,12 @@ fn write(
     };
     let graphs: Vec<(&str, ValidGraph)> = files
         .iter()
-        .map(|&(name, mla_form)| {
-            let options = DecoderOptions {
-                dtype: DType::F32,
-                mla_form,
-                gqa_form,
-                runtime: Runtime::Standard,
-                ..DecoderOptions::default()
-            };
-            let graph = decoder_graph(config, &options).map_err(text)?;
-            Ok((name, graph))
-        })
+        .map(|(name, options)| Ok((*name, decoder_graph(config, options).map_err(text)?)))
         .collect::<Outcome<_>>()?;
     let named: Vec<(&str, &ValidGraph)> =
         graphs.iter().map(|(name, graph)| (*name, graph)).collect();
     fs::create_dir_all(folder).map_err(text)?;
-    write_folder(
-        folder,
-        &named,
-        "decoder.onnx.data",
-        &checkpoint,
-        &mut |_| {},
-    )
-    .map_err(text)?;
+    let data = "decoder.onnx.data";
+    write_folder(folder, &named, data, &checkpoint, &mut |_| {}).map_err(text)?;
     Ok(())
 }

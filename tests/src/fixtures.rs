@@ -11,6 +11,14 @@ use crate::{Outcome, text};
 pub const PREFILL: usize = 24;
 /// Tokens decoded one by one.
 pub const STEPS: usize = 32;
+/// The text of a fixture as one prefill, then token by token.
+pub const STEPWISE: [usize; 1 + STEPS] = {
+    let mut pieces = [1; 1 + STEPS];
+    pieces[0] = PREFILL;
+    pieces
+};
+/// The same text in pieces of other sizes, some of several tokens on top of a cache.
+pub const PIECES: [usize; 6] = [17, 7, 1, 5, 1, 25];
 /// How many tiny models are committed.
 pub const MODELS: usize = 17;
 
@@ -139,11 +147,9 @@ pub struct SmolLm2 {
     pub probe_ids: Vec<i64>,
     /// `[tokens, probe_ids]`.
     pub probe_logits: Vec<f32>,
-    /// Largest absolute logit.
-    pub scale: f32,
 }
 
-/// Transformers' answers for SmolLM2's GGUF.
+/// Transformers' answers for `SmolLM2`'s GGUF file.
 pub fn smollm2() -> Outcome<SmolLm2> {
     let tensors = Tensors::read(&folder().join("smollm2").join("oracle.safetensors"))?;
     Ok(SmolLm2 {
@@ -152,7 +158,6 @@ pub fn smollm2() -> Outcome<SmolLm2> {
         logsumexp: tensors.f32("logsumexp")?,
         probe_ids: tensors.i64("probe_ids")?,
         probe_logits: tensors.f32("probe_logits")?,
-        scale: tensors.f32("max_abs")?[0],
     })
 }
 

@@ -1,64 +1,97 @@
 //! Checkpoints of every supported architecture, exported and run in ONNX Runtime, give the logits
 //! that transformers computed: a prefill of 24 tokens, then 32 decode steps with the cache.
 
-use mlac_engines::ort::{CacheKind, Decoder, SessionOptions};
-use mlac_graph::builders::GqaForm;
+use mlac_engines::ort::{Decoder, SessionOptions};
+use mlac_graph::builders::{DecoderOptions, GqaForm, Runtime};
+use mlac_graph::ir::DType;
 use mlac_model::Checkpoint;
 use mlac_tests::cases::Cases;
-use mlac_tests::compare::require_close;
-use mlac_tests::decode::{decode, decode_padded};
-use mlac_tests::export::{GQA_FORMS, export};
-use mlac_tests::fixtures::{self, Fixture, MODELS, PREFILL};
+use mlac_tests::compare::{Difference, require_close};
+use mlac_tests::decode::compare;
+use mlac_tests::export::{export, standard, with_gqa};
+use mlac_tests::fixtures::{self, Fixture, MODELS, PIECES, PREFILL, STEPWISE};
 use mlac_tests::{Outcome, runtime, text};
 
 /// Of the logits' scale; two f32 implementations of these models differ by about 1e-6.
 const TOLERANCE: f64 = 2e-5;
-/// Of the scale of SmolLM2's logits: 30 layers.
+/// Of the logits' scale, for weights, activations and caches in f16.
+const F16_TOLERANCE: f64 = 2e-2;
+/// Of the largest recorded number of a token, for `SmolLM2`'s 30 layers.
 const SMOLLM2_TOLERANCE: f64 = 1e-4;
 
-#[test]
-fn tiny_models_decode_as_transformers() {
-    let mut cases = Cases::new();
-    for model in fixtures::models().unwrap() {
-        for form in GQA_FORMS {
-            cases.run(format!("{} {form:?}", model.name), || check(&model, form));
-        }
-    }
-    cases.finish(2 * MODELS);
+fn check(
+    model: &Fixture,
+    options: DecoderOptions,
+    pieces: &[usize],
+    tolerance: f64,
+) -> Outcome<Difference> {
+    let folder = tempfile::tempdir().map_err(text)?;
+    export(&model.folder, folder.path(), options)?;
+    let expected: Vec<f64> = model.io.logits.iter().map(|&x| f64::from(x)).collect();
+    let checkpoint = Checkpoint::open(&model.folder).map_err(text)?;
+    compare(
+        folder.path(),
+        checkpoint.config(),
+        options,
+        (&model.io, pieces),
+        (&expected, tolerance),
+    )
 }
 
-fn check(model: &Fixture, form: GqaForm) -> Outcome {
-    let folder = tempfile::tempdir().map_err(text)?;
-    export(&model.folder, folder.path(), form)?;
-    let io = &model.io;
-    let expected = io.real(&io.logits);
-    if io.padded() {
-        let logits = decode_padded(folder.path(), io, PREFILL)?;
-        return require_close(&io.real(&logits), &expected, &[io.vocab], TOLERANCE).map(drop);
+/// Every fixture in a form. The fused operator takes several tokens on top of a cache for one text
+/// only, so batches are left out there.
+fn check_all(options: DecoderOptions, pieces: &[usize], tolerance: f64) {
+    let mut cases = Cases::new();
+    for model in fixtures::models().expect("the committed fixtures") {
+        let batched = options.gqa_form == GqaForm::GroupQueryAttention
+            && pieces != STEPWISE
+            && model.io.batch > 1;
+        if !batched {
+            cases.measure(&model.name, || check(&model, options, pieces, tolerance));
+        }
     }
-    let decoded = decode(folder.path(), io, PREFILL)?;
-    require_close(&io.real(&decoded.logits), &expected, &io.shape(), TOLERANCE)?;
+    cases.finish(MODELS - 3);
+}
 
-    let checkpoint = Checkpoint::open(&model.folder).map_err(text)?;
-    let config = checkpoint.config();
-    let kind = CacheKind::KeyValue {
-        heads: config.num_key_value_heads,
-        key_width: config.head_dim,
-        value_width: config.head_dim,
+#[test]
+fn primitives_decode_as_transformers() {
+    check_all(standard(), &STEPWISE, TOLERANCE);
+}
+
+#[test]
+fn primitives_take_several_tokens_on_top_of_a_cache() {
+    check_all(standard(), &PIECES, TOLERANCE);
+}
+
+#[test]
+fn the_fused_operator_decodes_as_transformers() {
+    check_all(with_gqa(GqaForm::GroupQueryAttention), &STEPWISE, TOLERANCE);
+}
+
+#[test]
+fn the_fused_operator_takes_several_tokens_on_top_of_a_cache() {
+    check_all(with_gqa(GqaForm::GroupQueryAttention), &PIECES, TOLERANCE);
+}
+
+#[test]
+fn the_graph_for_tensorrt_decodes_as_transformers() {
+    let options = DecoderOptions {
+        runtime: Runtime::TensorRt,
+        ..standard()
     };
-    if decoded.layouts.len() != config.num_hidden_layers
-        || decoded.layouts.iter().any(|layout| layout.kind != kind)
-    {
-        return Err(format!("caches {:?}, expected {kind:?}", decoded.layouts));
+    check_all(options, &STEPWISE, TOLERANCE);
+}
+
+#[test]
+fn f16_stays_close_to_transformers() {
+    for runtime in [Runtime::Standard, Runtime::TensorRt] {
+        let options = DecoderOptions {
+            dtype: DType::F16,
+            runtime,
+            ..standard()
+        };
+        check_all(options, &STEPWISE, F16_TOLERANCE);
     }
-    let numbers = (config.num_hidden_layers * config.gqa_cache_width()) as f64;
-    if (decoded.cached_per_token - numbers).abs() > 1e-9 {
-        return Err(format!(
-            "{} numbers cached per token, expected {numbers}",
-            decoded.cached_per_token
-        ));
-    }
-    Ok(())
 }
 
 #[test]
@@ -66,7 +99,7 @@ fn smollm2_decodes_as_transformers() {
     let oracle = fixtures::smollm2().unwrap();
     let gguf = runtime::smollm2().unwrap();
     let folder = tempfile::tempdir().unwrap();
-    export(&gguf, folder.path(), GqaForm::Primitives).unwrap();
+    export(&gguf, folder.path(), standard()).unwrap();
     let mut decoder = Decoder::open(folder.path(), &SessionOptions::default()).unwrap();
     let mut rows = Vec::new();
     let first = decoder.prefill(&oracle.input_ids[..PREFILL]).unwrap();
@@ -77,36 +110,28 @@ fn smollm2_decodes_as_transformers() {
     assert_eq!(rows.len(), oracle.top1.len());
 
     let mut cases = Cases::new();
-    let probes = oracle.probe_ids.len();
-    for (at, row) in rows.iter().enumerate() {
-        cases.run(format!("token {at}"), || {
+    let probes = oracle.probe_logits.chunks(oracle.probe_ids.len());
+    for (at, (row, probes)) in rows.iter().zip(probes).enumerate() {
+        cases.measure(format!("token {at}"), || {
             let top = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
             if top.map(|id| id as i64) != Some(oracle.top1[at]) {
                 return Err(format!("top token {top:?}, expected {}", oracle.top1[at]));
             }
-            let close = |what: &str, found: f64, expected: f64| {
-                let error = (found - expected).abs() / f64::from(oracle.scale);
-                if error <= SMOLLM2_TOLERANCE {
-                    return Ok(());
-                }
-                Err(format!(
-                    "{what} {found}, expected {expected}: {error:.1e} of the scale {}",
-                    oracle.scale
-                ))
-            };
             let most = row.iter().copied().fold(f32::MIN, f32::max);
             let sum: f64 = row.iter().map(|&x| f64::from(x - most).exp()).sum();
-            let logsumexp = f64::from(most) + sum.ln();
-            close("logsumexp", logsumexp, f64::from(oracle.logsumexp[at]))?;
-            for (probe, &id) in oracle.probe_ids.iter().enumerate() {
-                let expected = f64::from(oracle.probe_logits[at * probes + probe]);
-                close(
-                    &format!("logit {id}"),
-                    f64::from(row[id as usize]),
-                    expected,
-                )?;
-            }
-            Ok(())
+            // Recorded logits, then the logsumexp.
+            let found: Vec<f64> = oracle
+                .probe_ids
+                .iter()
+                .map(|&id| f64::from(row[id as usize]))
+                .chain([f64::from(most) + sum.ln()])
+                .collect();
+            let expected: Vec<f64> = probes
+                .iter()
+                .chain([&oracle.logsumexp[at]])
+                .map(|&x| f64::from(x))
+                .collect();
+            require_close(&found, &expected, &[found.len()], SMOLLM2_TOLERANCE)
         });
     }
     cases.finish(48);

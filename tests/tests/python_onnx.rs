@@ -3,12 +3,13 @@
 
 use std::path::{Path, PathBuf};
 
-use mlac_graph::builders::GqaForm;
+use mlac_graph::builders::{DecoderOptions, GqaForm, Runtime};
+use mlac_tests::Outcome;
 use mlac_tests::cases::Cases;
 use mlac_tests::compare::require_close;
 use mlac_tests::decode::decode;
-use mlac_tests::export::{GQA_FORMS, export};
-use mlac_tests::fixtures::{self, Fixture, MODELS, PREFILL};
+use mlac_tests::export::{export, standard, with_gqa};
+use mlac_tests::fixtures::{self, Fixture, MODELS, STEPWISE};
 use mlac_tests::python::{self, Job};
 
 /// Of the logits' scale, against transformers.
@@ -22,42 +23,50 @@ struct Exported<'a> {
     folder: PathBuf,
 }
 
-/// Every fixture in each GQA form, and its exact MLA form.
-fn export_all<'a>(models: &'a [Fixture], scratch: &Path) -> Vec<Exported<'a>> {
+/// Every fixture in each GQA form, and its exact MLA form, for every runtime and for `TensorRT`.
+fn export_all<'a>(models: &'a [Fixture], scratch: &Path) -> Outcome<Vec<Exported<'a>>> {
     let place = |model: &Fixture, kind: &str| scratch.join(format!("{}.{kind}", model.name));
     let triples: Vec<(PathBuf, PathBuf, &str)> = models
         .iter()
         .map(|model| (model.folder.clone(), place(model, "mla"), "exact"))
         .collect();
-    python::synthetic_mla(&triples).unwrap();
+    python::synthetic_mla(&triples)?;
     let mut exported = Vec::new();
     for model in models {
-        let mut add = |kind: String, checkpoint: &Path, form: GqaForm| {
+        let mut add = |kind: &str, checkpoint: &Path, options: DecoderOptions| {
             let folder = place(model, &format!("{kind}.onnx"));
-            export(checkpoint, &folder, form).unwrap();
+            export(checkpoint, &folder, options)?;
             exported.push(Exported {
                 model,
                 label: format!("{} {kind}", model.name),
                 folder,
             });
+            Outcome::Ok(())
         };
-        for form in GQA_FORMS {
-            add(format!("{form:?}"), &model.folder, form);
-        }
-        add("mla".into(), &place(model, "mla"), GqaForm::Primitives);
+        let fused = DecoderOptions {
+            runtime: Runtime::TensorRt,
+            ..standard()
+        };
+        let operator = with_gqa(GqaForm::GroupQueryAttention);
+        let mla = place(model, "mla");
+        add("gqa", &model.folder, standard())?;
+        add("gqa operator", &model.folder, operator)?;
+        add("gqa for TensorRT", &model.folder, fused)?;
+        add("mla", &mla, standard())?;
+        add("mla for TensorRT", &mla, fused)?;
     }
-    exported
+    Ok(exported)
 }
 
 #[test]
 fn checker_and_python_onnxruntime_accept_every_export() {
     let models = fixtures::models().unwrap();
     let scratch = tempfile::tempdir().unwrap();
-    let exported = export_all(&models, scratch.path());
+    let exported = export_all(&models, scratch.path()).unwrap();
     let folders: Vec<PathBuf> = exported.iter().map(|e| e.folder.clone()).collect();
     let report = python::check(&folders).unwrap();
     // A decoder for each export, and a prefill graph for each MLA one.
-    assert_eq!(report.lines().count(), 4 * models.len(), "{report}");
+    assert_eq!(report.lines().count(), 7 * models.len(), "{report}");
 
     let jobs: Vec<Job> = exported
         .iter()
@@ -71,7 +80,7 @@ fn checker_and_python_onnxruntime_accept_every_export() {
     let mut cases = Cases::new();
     for (e, answer) in exported.iter().zip(&answers) {
         let io = &e.model.io;
-        cases.run(format!("{} as transformers", e.label), || {
+        cases.measure(format!("{} as transformers", e.label), || {
             if answer.shape != io.shape() {
                 return Err(format!(
                     "shape {:?}, expected {:?}",
@@ -80,16 +89,16 @@ fn checker_and_python_onnxruntime_accept_every_export() {
                 ));
             }
             let (found, expected) = (io.real(&answer.logits), io.real(&io.logits));
-            require_close(&found, &expected, &io.shape(), TOLERANCE).map(drop)
+            require_close(&found, &expected, &io.shape(), TOLERANCE)
         });
         if io.padded() {
             continue;
         }
-        cases.run(format!("{} as mlac's sessions", e.label), || {
-            let ours = decode(&e.folder, io, PREFILL)?;
+        cases.measure(format!("{} as mlac's sessions", e.label), || {
+            let ours = decode(&e.folder, io, &STEPWISE)?;
             let (found, expected) = (io.real(&answer.logits), io.real(&ours.logits));
-            require_close(&found, &expected, &io.shape(), SAME_RUNTIME).map(drop)
+            require_close(&found, &expected, &io.shape(), SAME_RUNTIME)
         });
     }
-    cases.finish(6 * MODELS - 3);
+    cases.finish(10 * MODELS - 5);
 }

@@ -1,4 +1,4 @@
-//! SmolLM2's tokenizer, read from the GGUF's own vocabulary, gives the ids and texts that the
+//! `SmolLM2`'s tokenizer, read from the GGUF's own vocabulary, gives the ids and texts that the
 //! tokenizers library gives for awkward strings.
 
 use mlac_model::Checkpoint;
