@@ -1,0 +1,202 @@
+//! `mlac convert` on every fixture. At full rank the MLA model gives transformers' logits of the
+//! original, whatever the method and the statistics; at any rank the exported model computes what
+//! the checkpoint says, by the float64 reference, and caches as few numbers as were asked for.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::Parser;
+use mlac::cli::{args::Cli, commands};
+use mlac_model::Checkpoint;
+use mlac_tests::cases::Cases;
+use mlac_tests::compare::{Difference, require_close};
+use mlac_tests::decode::compare;
+use mlac_tests::export::{export, standard};
+use mlac_tests::fixtures::{self, Fixture, MODELS, STEPWISE};
+use mlac_tests::python::{self, Job};
+use mlac_tests::words::{with_tokenizer, words};
+use mlac_tests::{Outcome, text};
+
+/// Of the logits' scale, against transformers: rounding of products of f32 weights.
+const EXACT: f64 = 1e-4;
+/// Of the logits' scale, ONNX Runtime against the float64 reference on the same checkpoint.
+const SAME_WEIGHTS: f64 = 2e-5;
+
+/// Runs `mlac convert MODEL -o TARGET OPTIONS`.
+fn convert(model: &Path, target: &Path, options: &[&str]) -> Outcome<Checkpoint> {
+    let mut line: Vec<OsString> = vec!["mlac".into(), "convert".into(), model.into()];
+    line.extend(["-o".into(), target.into()]);
+    line.extend(options.iter().map(Into::into));
+    let cli = Cli::try_parse_from(line).map_err(text)?;
+    if !commands::run(cli).map_err(text)? {
+        return Err("mlac convert answered no".into());
+    }
+    Checkpoint::open(target).map_err(text)
+}
+
+/// Exports a converted model and compares its logits with `expected`.
+fn run(
+    model: &Fixture,
+    converted: &Checkpoint,
+    expected: &[f64],
+    tolerance: f64,
+) -> Outcome<Difference> {
+    let folder = tempfile::tempdir().map_err(text)?;
+    export(converted.path(), folder.path(), standard())?;
+    compare(
+        folder.path(),
+        converted.config(),
+        standard(),
+        (&model.io, &STEPWISE),
+        (expected, tolerance),
+    )
+}
+
+/// Every tensor outside converted attention has the source's type and bytes.
+fn require_rest_unchanged(source: &Path, converted: &Checkpoint) -> Outcome {
+    let source = Checkpoint::open(source).map_err(text)?;
+    let is_converted = |name: &str| {
+        (0..source.config().num_hidden_layers).any(|layer| {
+            converted.config().mla_layer(layer).is_some()
+                && name.starts_with(&format!("model.layers.{layer}.self_attn."))
+        })
+    };
+    for info in source.tensors() {
+        if is_converted(&info.name) {
+            continue;
+        }
+        let new = converted.info(&info.name).map_err(text)?;
+        let same_bytes =
+            source.bytes(&info.name).map_err(text)? == converted.bytes(&info.name).map_err(text)?;
+        if new.dtype != info.dtype || new.shape != info.shape || !same_bytes {
+            return Err(format!("{} changed", info.name));
+        }
+    }
+    Ok(())
+}
+
+fn exact(options: &[&str], calibrated: bool) {
+    let scratch = tempfile::tempdir().expect("a temporary folder");
+    let calibration = scratch.path().join("calibration.txt");
+    fs::write(&calibration, words(400, 128)).expect("a writable temporary folder");
+    let mut options = options.to_vec();
+    let path = calibration.display().to_string();
+    if calibrated {
+        options.extend([
+            "--calib",
+            &path,
+            "--calib-window",
+            "64",
+            "--calib-windows",
+            "4",
+        ]);
+    }
+    options.extend(["--kv-lora-rank", "max", "--layers", "all"]);
+    let mut cases = Cases::new();
+    for model in fixtures::models().expect("the committed fixtures") {
+        cases.measure(&model.name, || {
+            let source = scratch.path().join(&model.name);
+            with_tokenizer(&model.folder, &source, model.io.vocab)?;
+            let target = scratch.path().join(format!("{}.mla", model.name));
+            let converted = convert(&source, &target, &options)?;
+            require_rest_unchanged(&source, &converted)?;
+            let expected: Vec<f64> = model.io.logits.iter().map(|&x| f64::from(x)).collect();
+            run(&model, &converted, &expected, EXACT)
+        });
+    }
+    cases.finish(MODELS);
+}
+
+#[test]
+fn full_rank_from_weights_is_exact() {
+    exact(&[], false);
+}
+
+#[test]
+fn full_rank_from_a_text_is_exact() {
+    exact(&[], true);
+}
+
+#[test]
+fn full_rank_by_transmla_is_exact() {
+    exact(&["--method", "transmla"], true);
+}
+
+#[test]
+fn full_rank_by_plain_low_rank_is_exact() {
+    exact(&["--method", "svd"], false);
+}
+
+#[test]
+fn half_the_cache_computes_what_the_checkpoint_says() {
+    let scratch = tempfile::tempdir().unwrap();
+    let calibration = scratch.path().join("calibration.txt");
+    fs::write(&calibration, words(400, 128)).unwrap();
+    let calibration = calibration.display().to_string();
+    let models = fixtures::models().unwrap();
+    let target = |model: &Fixture| scratch.path().join(format!("{}.mla", model.name));
+    let mut cases = Cases::new();
+    let mut converted = Vec::new();
+    for model in &models {
+        // Full-attention layers only, where the model has both kinds.
+        let layers = if model.name == "mistral_window" {
+            "all"
+        } else {
+            "full"
+        };
+        cases.run(format!("{} converts", model.name), || {
+            let source = scratch.path().join(&model.name);
+            with_tokenizer(&model.folder, &source, model.io.vocab)?;
+            let options = [
+                "--budget",
+                "0.5",
+                "--layers",
+                layers,
+                "--calib",
+                &calibration,
+                "--calib-window",
+                "64",
+                "--calib-windows",
+                "4",
+            ];
+            let checkpoint = convert(&source, &target(model), &options)?;
+            require_rest_unchanged(&source, &checkpoint)?;
+            let config = checkpoint.config();
+            let mla = config.mla.as_ref().ok_or("no converted layer")?;
+            for (index, layer) in &mla.layers {
+                let (width, whole) = (layer.cache_width(), config.gqa_cache_width());
+                if 2 * width > whole {
+                    return Err(format!("layer {index} caches {width} of {whole} numbers"));
+                }
+            }
+            converted.push((model, checkpoint));
+            Ok(())
+        });
+    }
+    let jobs: Vec<Job> = converted
+        .iter()
+        .map(|(model, checkpoint)| Job {
+            folder: checkpoint.path().to_path_buf(),
+            io: model.folder.join("io.safetensors"),
+            out: PathBuf::from(checkpoint.path()).with_extension("logits"),
+        })
+        .collect();
+    let answers = python::reference(&jobs, false).unwrap();
+    for ((model, checkpoint), answer) in converted.iter().zip(&answers) {
+        cases.measure(format!("{} as the reference", model.name), || {
+            run(model, checkpoint, &answer.logits, SAME_WEIGHTS)
+        });
+        cases.run(format!("{} differs from the source", model.name), || {
+            let (found, source) = (
+                model.io.real(&answer.logits),
+                model.io.real(&model.io.logits),
+            );
+            match require_close(&found, &source, &answer.shape, EXACT) {
+                Ok(_) => Err("half the cache cannot be exact for a random model".into()),
+                Err(_) => Ok(()),
+            }
+        });
+    }
+    cases.finish(3 * MODELS);
+}
