@@ -160,12 +160,15 @@ pub(crate) fn seal(graph: Graph) -> Result<ValidGraph, Violation> {
 }
 
 fn handles(graph: &Graph) -> Result<(), Violation> {
-    let check = |subject: &str, id: ValueId| match (id.0 as usize) < graph.values.len() {
-        true => Ok(()),
-        false => Err(Violation::ForeignHandle {
-            subject: subject.to_owned(),
-            handle: id.0,
-        }),
+    let check = |subject: &str, id: ValueId| {
+        if (id.0 as usize) < graph.values.len() {
+            Ok(())
+        } else {
+            Err(Violation::ForeignHandle {
+                subject: subject.to_owned(),
+                handle: id.0,
+            })
+        }
     };
     graph
         .inputs
@@ -490,3 +493,6 @@ fn caches(graph: &Graph) -> Result<(), Violation> {
         None => Ok(()),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -35,7 +35,7 @@ pub(super) fn config(cfg: &ModelConfig) -> Result<(), Refusal> {
     )?;
     require(
         "head_dim",
-        cfg.head_dim % 2 == 0,
+        cfg.head_dim.is_multiple_of(2),
         "an even number",
         cfg.head_dim,
     )?;
@@ -107,18 +107,23 @@ pub(super) fn config(cfg: &ModelConfig) -> Result<(), Refusal> {
 
 /// Refuses a layer that the model does not have.
 pub(super) fn layer(cfg: &ModelConfig, layer: usize) -> Result<(), Refusal> {
-    let layers = cfg.num_hidden_layers;
-    require(
-        "layer",
-        layer < layers,
-        &format!("a layer below {layers}"),
-        layer,
-    )
+    if layer < cfg.num_hidden_layers {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        "layer of the graph",
+        format!(
+            "one of the model's {}, counted from 0",
+            cfg.num_hidden_layers
+        ),
+        layer.to_string(),
+        "name a layer of the model",
+    ))
 }
 
 /// Refuses heads that `com.microsoft::GroupQueryAttention` does not take.
 pub(super) fn operator_heads(cfg: &ModelConfig) -> Result<(), Refusal> {
-    if cfg.head_dim % 8 == 0 {
+    if cfg.head_dim.is_multiple_of(8) {
         return Ok(());
     }
     Err(Refusal::new(
@@ -131,10 +136,23 @@ pub(super) fn operator_heads(cfg: &ModelConfig) -> Result<(), Refusal> {
 
 /// Refuses an element type in which a model cannot be computed.
 pub(super) fn dtype(dtype: DType) -> Result<(), Refusal> {
-    require("dtype", dtype.is_float(), "f32 or f16", dtype)
+    if dtype.is_float() {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        "element type of the graph",
+        "f32 or f16",
+        dtype.to_string(),
+        "choose a floating point type",
+    ))
 }
 
-fn require(key: &str, good: bool, expected: &str, found: impl ToString) -> Result<(), Refusal> {
+fn require(
+    key: &str,
+    good: bool,
+    expected: &str,
+    found: impl std::fmt::Display,
+) -> Result<(), Refusal> {
     if good {
         return Ok(());
     }

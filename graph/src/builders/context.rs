@@ -40,7 +40,7 @@ pub enum Runtime {
     /// Any runtime of opset 23; fastest in ONNX Runtime on a CPU.
     #[default]
     Standard,
-    /// TensorRT: attention through the `Attention` operator where it can be fused, rotation in
+    /// `TensorRT`: attention through the `Attention` operator where it can be fused, rotation in
     /// primitives, no operator outside ONNX's own domain.
     TensorRt,
 }
@@ -55,7 +55,7 @@ pub enum CacheProduct {
     CacheRows,
 }
 
-/// The largest head that TensorRT's fused attention takes.
+/// The largest head that `TensorRT`'s fused attention takes.
 pub(super) const LARGEST_FUSED_HEAD: usize = 256;
 
 /// Dynamic axes of one graph.

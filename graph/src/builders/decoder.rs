@@ -142,9 +142,10 @@ pub(super) fn attend(
     x: ValueId,
     past: &[ValueId],
 ) -> Result<Attended, NodeError> {
-    b.scope("attn", |b| match cx.cfg.mla_layer(layer) {
-        Some(&shape) => mla::attend(b, cx, layer, shape, x, past.first().copied()),
-        None => {
+    b.scope("attn", |b| {
+        if let Some(&shape) = cx.cfg.mla_layer(layer) {
+            mla::attend(b, cx, layer, shape, x, past.first().copied())
+        } else {
             let projected = gqa::project(b, cx, layer, x)?;
             gqa::attend(b, cx, layer, &projected, past)
         }

@@ -81,34 +81,31 @@ pub fn layer_graph(
     let (hidden, mut cx) = sequence_inputs(b, cfg, options.dtype);
     let x = attention_input(b, &cx, layer, hidden)?;
     let mut found = vec![(Tap::AttnIn, x)];
-    let heads = match cfg.mla_layer(layer) {
-        Some(&shape) => {
-            b.scope("attn", |b| mla::attend(b, &mut cx, layer, shape, x, None))?
-                .heads
-        }
-        None => {
-            let p = b.scope("attn", |b| gqa::project(b, &cx, layer, x))?;
-            let (heads, groups) = (cfg.num_attention_heads, cfg.num_key_value_heads);
-            let taps = [
-                (Tap::Query, p.query, heads),
-                (Tap::Key, p.key, groups),
-                (Tap::Value, p.value, groups),
+    let heads = if let Some(&shape) = cfg.mla_layer(layer) {
+        b.scope("attn", |b| mla::attend(b, &mut cx, layer, shape, x, None))?
+            .heads
+    } else {
+        let p = b.scope("attn", |b| gqa::project(b, &cx, layer, x))?;
+        let (heads, groups) = (cfg.num_attention_heads, cfg.num_key_value_heads);
+        let taps = [
+            (Tap::Query, p.query, heads),
+            (Tap::Key, p.key, groups),
+            (Tap::Value, p.value, groups),
+        ];
+        for (tap, value, count) in taps {
+            let shape = [
+                cx.axes.batch.clone(),
+                cx.axes.seq.clone(),
+                count.into(),
+                cfg.head_dim.into(),
             ];
-            for (tap, value, count) in taps {
-                let shape = [
-                    cx.axes.batch.clone(),
-                    cx.axes.seq.clone(),
-                    count.into(),
-                    cfg.head_dim.into(),
-                ];
-                found.push((
-                    tap,
-                    b.reshape(&format!("{}_by_head", tap.name()), value, &shape)?,
-                ));
-            }
-            b.scope("attn", |b| gqa::attend(b, &mut cx, layer, &p, &[]))?
-                .heads
+            found.push((
+                tap,
+                b.reshape(&format!("{}_by_head", tap.name()), value, &shape)?,
+            ));
         }
+        b.scope("attn", |b| gqa::attend(b, &mut cx, layer, &p, &[]))?
+            .heads
     };
     found.push((Tap::Heads, heads));
     let out = b.scope("attn", |b| {

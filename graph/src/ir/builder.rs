@@ -85,8 +85,8 @@ impl GraphBuilder {
     }
 
     /// `wanted`, or `wanted_2` and so on when it is taken.
-    fn unique(&mut self, wanted: String) -> String {
-        let mut name = wanted.clone();
+    fn unique(&mut self, wanted: &str) -> String {
+        let mut name = wanted.to_owned();
         let mut count = 1;
         while !self.names.insert(name.clone()) {
             count += 1;
@@ -103,7 +103,7 @@ impl GraphBuilder {
 
     /// Declares what the caller gives.
     pub fn input(&mut self, name: &str, dtype: DType, shape: Vec<Dim>) -> ValueId {
-        let name = self.unique(name.to_owned());
+        let name = self.unique(name);
         let id = self.push(Value {
             name,
             ty: TensorType::new(dtype, shape),
@@ -125,7 +125,7 @@ impl GraphBuilder {
             .as_i64()
             .filter(|_| short)
             .map(|values| values.into_iter().map(Dim::constant).collect());
-        let name = self.unique(format!("const.{}", self.constants.len()));
+        let name = self.unique(&format!("const.{}", self.constants.len()));
         let id = self.push(Value {
             name,
             ty: TensorType::new(
@@ -151,7 +151,7 @@ impl GraphBuilder {
             Transform::KvBValue { .. } => ".value_t",
             Transform::HeadTranspose { .. } => ".head_t",
         };
-        let name = self.unique(format!("{}{suffix}", weight.name));
+        let name = self.unique(&format!("{}{suffix}", weight.name));
         let id = self.push(Value {
             name,
             ty: TensorType::new(
@@ -172,19 +172,21 @@ impl GraphBuilder {
         op: Op,
         inputs: &[Option<ValueId>],
     ) -> Result<Vec<ValueId>, NodeError> {
-        let path = match self.scopes.is_empty() {
-            true => name.to_owned(),
-            false => format!("{}.{name}", self.scopes.join(".")),
+        let path = if self.scopes.is_empty() {
+            name.to_owned()
+        } else {
+            format!("{}.{name}", self.scopes.join("."))
         };
         let inferred = infer_node(&self.graph, &path, &op, inputs)?;
-        let name = self.unique(path);
+        let name = self.unique(&path);
         let node = NodeId(self.graph.nodes.len() as u32);
         let mut outputs = Vec::with_capacity(inferred.len());
         let single = inferred.len() == 1;
         for (output, result) in inferred.into_iter().enumerate() {
-            let name = match single {
-                true => name.clone(),
-                false => self.unique(format!("{name}.{output}")),
+            let name = if single {
+                name.clone()
+            } else {
+                self.unique(&format!("{name}.{output}"))
             };
             let definition = Definition::Node { node, output };
             outputs.push(self.push(Value {
@@ -212,7 +214,7 @@ impl GraphBuilder {
 
     /// Declares a computed value to be what the caller gets under `name`.
     pub fn output(&mut self, name: &str, value: ValueId) {
-        let name = self.unique(name.to_owned());
+        let name = self.unique(name);
         self.graph.values[value.0 as usize].name = name;
         self.graph.outputs.push(value);
     }

@@ -189,3 +189,6 @@ fn write_data(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests;

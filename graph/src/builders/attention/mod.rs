@@ -38,7 +38,7 @@ pub(super) fn output_projection(
     )
 }
 
-/// Numbers of all heads' outputs of one layer together, H*d_v.
+/// Numbers of all heads' outputs of one layer together, H*`d_v`.
 pub(super) fn heads_width(cx: &Context<'_>, layer: usize) -> usize {
     let v = cx
         .cfg

@@ -38,7 +38,7 @@ pub(crate) struct Mismatch {
 }
 
 impl Mismatch {
-    fn new(expected: impl Into<String>, found: impl ToString) -> Self {
+    fn new(expected: impl Into<String>, found: impl std::fmt::Display) -> Self {
         Self {
             expected: expected.into(),
             found: found.to_string(),
@@ -208,3 +208,6 @@ fn broadcast(a: &[Dim], b: &[Dim]) -> Result<Vec<Dim>> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,316 @@
+//! What graphs promise to their callers, and what the builders refuse.
+
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    clippy::unwrap_used,
+    reason = "a test crate has no interface"
+)]
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use common::{converted, llama, qwen2, qwen3};
+use mlac_graph::{
+    Error,
+    builders::{
+        CacheProduct, DecoderOptions, GqaForm, LayerOptions, MlaForm, Runtime, StepForm,
+        StepOptions, Tap, decoder_graph, layer_graph, step_graph,
+    },
+    ir::{DType, MICROSOFT_DOMAIN},
+};
+use mlac_model::{ModelConfig, checkpoint::expected_tensors};
+
+fn configurations() -> Vec<ModelConfig> {
+    let biased = ModelConfig {
+        o_bias: true,
+        mlp_bias: true,
+        ..qwen2(2)
+    };
+    vec![
+        llama(2),
+        biased.clone(),
+        qwen3(2),
+        converted(llama(3), &[0, 2]),
+        converted(biased, &[0, 1]),
+        converted(qwen3(3), &[1]),
+    ]
+}
+
+fn all_options() -> Vec<DecoderOptions> {
+    let mut all = vec![];
+    for dtype in [DType::F32, DType::F16] {
+        for mla_form in [MlaForm::Absorbed, MlaForm::Expanded] {
+            for product in [CacheProduct::QueryRows, CacheProduct::CacheRows] {
+                for (runtime, gqa_form) in [
+                    (Runtime::Standard, GqaForm::Primitives),
+                    (Runtime::Standard, GqaForm::GroupQueryAttention),
+                    (Runtime::TensorRt, GqaForm::Primitives),
+                ] {
+                    all.push(DecoderOptions {
+                        dtype,
+                        mla_form,
+                        gqa_form,
+                        runtime,
+                        product,
+                    });
+                }
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn every_form_reads_exactly_the_tensors_of_the_checkpoint() {
+    for cfg in configurations() {
+        let expected: BTreeSet<(String, Vec<usize>)> = expected_tensors(&cfg).into_iter().collect();
+        for options in all_options() {
+            let graph = decoder_graph(&cfg, &options).unwrap();
+            let found: BTreeSet<(String, Vec<usize>)> = graph
+                .graph()
+                .weights()
+                .map(|w| (w.name.clone(), w.source_shape.clone()))
+                .collect();
+            assert_eq!(found, expected, "{options:?}");
+        }
+    }
+}
+
+#[test]
+fn every_form_has_the_same_interface() {
+    for cfg in configurations() {
+        for options in all_options() {
+            let graph = decoder_graph(&cfg, &options).unwrap();
+            let (graph, dtype) = (graph.graph(), options.dtype);
+            let input = |name: &str| graph.input_type(name).unwrap().to_string();
+            let output = |name: &str| graph.output_type(name).unwrap().to_string();
+            assert_eq!(input("input_ids"), "i64[batch, seq]");
+            assert_eq!(input("position_ids"), "i64[batch, seq]");
+            assert_eq!(input("attention_mask"), "i64[batch, past+seq]");
+            assert_eq!(output("logits"), format!("{dtype}[batch, seq, 97]"));
+            let (groups, d) = (cfg.num_key_value_heads, cfg.head_dim);
+            let mut caches = 0;
+            for layer in 0..cfg.num_hidden_layers {
+                if let Some(mla) = cfg.mla_layer(layer) {
+                    let w = mla.cache_width();
+                    let past = input(&format!("past_latent.{layer}"));
+                    let present = output(&format!("present_latent.{layer}"));
+                    assert_eq!(past, format!("{dtype}[batch, past, {w}]"));
+                    assert_eq!(present, format!("{dtype}[batch, past+seq, {w}]"));
+                    caches += 1;
+                    continue;
+                }
+                for part in ["key", "value"] {
+                    let past = input(&format!("past_key_values.{layer}.{part}"));
+                    let present = output(&format!("present.{layer}.{part}"));
+                    assert_eq!(past, format!("{dtype}[batch, {groups}, past, {d}]"));
+                    assert_eq!(present, format!("{dtype}[batch, {groups}, past+seq, {d}]"));
+                    caches += 1;
+                }
+            }
+            assert_eq!(graph.inputs().len(), 3 + caches);
+            assert_eq!(graph.outputs().len(), 1 + caches);
+        }
+    }
+}
+
+#[test]
+fn tensorrt_gets_fused_attention_and_no_foreign_operator() {
+    let options = DecoderOptions {
+        runtime: Runtime::TensorRt,
+        ..DecoderOptions::default()
+    };
+    let count = |cfg: &ModelConfig, name: &str| {
+        let graph = decoder_graph(cfg, &options).unwrap();
+        assert!(
+            graph
+                .graph()
+                .nodes()
+                .all(|(_, n)| n.op.domain() != MICROSOFT_DOMAIN)
+        );
+        graph
+            .graph()
+            .nodes()
+            .filter(|(_, n)| n.op.name() == name)
+            .count()
+    };
+    let mut cfg = converted(llama(3), &[0, 1]);
+    assert_eq!((count(&cfg, "Attention"), count(&cfg, "Softmax")), (3, 0));
+    assert_eq!(count(&cfg, "RotaryEmbedding"), 0);
+    // 253 + 4 is wider than the fused kernel takes.
+    if let Some(mla) = cfg.mla.as_mut().and_then(|m| m.layers.get_mut(&0)) {
+        mla.kv_lora_rank = 253;
+    }
+    assert_eq!((count(&cfg, "Attention"), count(&cfg, "Softmax")), (2, 1));
+}
+
+#[test]
+fn masks_and_tables_are_shared() {
+    let mut cfg = llama(4);
+    cfg.sliding_window = vec![None, Some(5), None, Some(5)];
+    let graph = decoder_graph(&cfg, &DecoderOptions::default()).unwrap();
+    let count = |name| {
+        graph
+            .graph()
+            .nodes()
+            .filter(|(_, n)| n.op.name() == name)
+            .count()
+    };
+    assert_eq!(count("Where"), 2);
+    assert_eq!(count("Cos"), 1);
+}
+
+#[test]
+fn a_layer_computes_only_what_its_taps_need() {
+    let options = |taps: &[Tap]| LayerOptions {
+        taps: taps.to_vec(),
+        dtype: DType::F32,
+    };
+    let graph = layer_graph(&llama(2), 1, &options(&[Tap::Key, Tap::AttnIn])).unwrap();
+    assert_eq!(graph.input_names(), ["hidden"]);
+    assert_eq!(graph.output_names(), ["key", "attn_in"]);
+    assert_eq!(
+        graph.graph().output_type("key").unwrap().to_string(),
+        "f32[batch, seq, 2, 8]"
+    );
+    let weights: Vec<&str> = graph.graph().weights().map(|w| w.name.as_str()).collect();
+    assert_eq!(
+        weights,
+        [
+            "model.layers.1.input_layernorm.weight",
+            "model.layers.1.self_attn.k_proj.weight"
+        ]
+    );
+    let graph = layer_graph(&llama(2), 1, &options(&[Tap::HiddenOut])).unwrap();
+    assert_eq!(graph.input_names(), ["hidden", "position_ids"]);
+}
+
+fn refusal<T>(result: Result<T, Error>) -> String {
+    match result {
+        Err(Error::Refused(refusal)) => refusal.to_string(),
+        Err(other) => panic!("{other}"),
+        Ok(_) => panic!("not refused"),
+    }
+}
+
+#[test]
+fn contradictions_in_a_configuration_are_refused() {
+    type Change = fn(&mut ModelConfig);
+    let cases: [(Change, &str); 12] = [
+        (|c| c.hidden_size = 0, "hidden_size"),
+        (|c| c.vocab_size = usize::MAX, "vocab_size"),
+        (|c| c.num_key_value_heads = 4, "num_key_value_heads"),
+        (|c| c.head_dim = 7, "head_dim"),
+        (|c| c.sliding_window = vec![], "sliding_window"),
+        (|c| c.sliding_window = vec![Some(0), None], "sliding_window"),
+        (
+            |c| c.mla.as_mut().unwrap().attention_scale = f64::NAN,
+            "attention_scale",
+        ),
+        (
+            |c| {
+                let layers = &mut c.mla.as_mut().unwrap().layers;
+                let shape = layers[&0];
+                layers.insert(2, shape);
+            },
+            "mla_layers",
+        ),
+        (|c| mla(c).kv_lora_rank = 0, "kv_lora_rank"),
+        (|c| mla(c).qk_rope_head_dim = 3, "qk_rope_head_dim"),
+        (
+            |c| mla(c).encoder = mlac_model::MlaEncoder::NormedKey,
+            "mla_encoder",
+        ),
+        (
+            |c| {
+                c.qk_norm = true;
+                mla(c).encoder = mlac_model::MlaEncoder::NormedKey;
+                mla(c).qk_nope_head_dim = 6;
+            },
+            "qk_nope_head_dim",
+        ),
+    ];
+    for (change, key) in cases {
+        let mut cfg = converted(llama(2), &[0]);
+        change(&mut cfg);
+        let text = refusal(decoder_graph(&cfg, &DecoderOptions::default()));
+        let subject = format!("configuration key {key}: expected ");
+        assert!(text.starts_with(&subject), "{key}: {text}");
+    }
+}
+
+fn mla(cfg: &mut ModelConfig) -> &mut mlac_model::MlaLayer {
+    cfg.mla.as_mut().unwrap().layers.get_mut(&0).unwrap()
+}
+
+#[test]
+fn options_that_do_not_fit_are_refused() {
+    let options = DecoderOptions {
+        gqa_form: GqaForm::GroupQueryAttention,
+        ..DecoderOptions::default()
+    };
+    let tensorrt = DecoderOptions {
+        runtime: Runtime::TensorRt,
+        ..options
+    };
+    assert_eq!(
+        refusal(decoder_graph(&llama(1), &tensorrt)),
+        "form of the GQA layers: expected operators that TensorRT knows, found com.microsoft::GroupQueryAttention; fix: use primitives for TensorRT"
+    );
+    let narrow = ModelConfig {
+        head_dim: 12,
+        ..llama(1)
+    };
+    assert_eq!(
+        refusal(decoder_graph(&narrow, &options)),
+        "form of the GQA layers: expected a head_dim that 8 divides, which com.microsoft::GroupQueryAttention needs, found 12; fix: use primitives"
+    );
+    let integers = DecoderOptions {
+        dtype: DType::I64,
+        ..DecoderOptions::default()
+    };
+    assert_eq!(
+        refusal(decoder_graph(&llama(1), &integers)),
+        "element type of the graph: expected f32 or f16, found i64; fix: choose a floating point type"
+    );
+    let step = StepOptions {
+        form: StepForm::GqaOperator,
+        dtype: DType::F32,
+        product: CacheProduct::default(),
+    };
+    let cfg = converted(llama(1), &[0]);
+    assert_eq!(
+        refusal(step_graph(&cfg, 0, &step)),
+        "attention of layer 0: expected the MLA form, the layer is converted, found gqa_operator; fix: choose a layer of that form"
+    );
+    assert_eq!(
+        refusal(step_graph(&cfg, 1, &step)),
+        "layer of the graph: expected one of the model's 1, counted from 0, found 1; fix: name a layer of the model"
+    );
+}
+
+#[test]
+fn taps_that_do_not_exist_are_refused() {
+    let layer = |cfg: &ModelConfig, taps: &[Tap]| {
+        let options = LayerOptions {
+            taps: taps.to_vec(),
+            dtype: DType::F32,
+        };
+        refusal(layer_graph(cfg, 0, &options))
+    };
+    assert_eq!(
+        layer(&llama(1), &[]),
+        "taps of layer 0: expected at least one tap, found none; fix: name a value to look at"
+    );
+    assert_eq!(
+        layer(&llama(1), &[Tap::Key, Tap::Key]),
+        "taps of layer 0: expected distinct taps, found key; fix: name each tap once"
+    );
+    assert_eq!(
+        layer(&converted(llama(1), &[0]), &[Tap::Heads, Tap::Key]),
+        "taps of layer 0: expected taps that a converted layer has, found key; fix: tap the layer of the original model"
+    );
+}

@@ -1,0 +1,76 @@
+//! Tiny configurations.
+
+use mlac_model::{
+    Architecture, MlaConfig, MlaEncoder, MlaLayer, ModelConfig, RopeScaling, RopeSpec,
+};
+
+/// Llama: H = 6, G = 2, d = 8, tied embedding, no biases.
+pub fn llama(layers: usize) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Llama,
+        hidden_size: 40,
+        intermediate_size: 56,
+        num_hidden_layers: layers,
+        num_attention_heads: 6,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        vocab_size: 97,
+        max_position_embeddings: 512,
+        rms_norm_eps: 1e-5,
+        rope: RopeSpec {
+            theta: 10000.0,
+            scaling: RopeScaling::Default,
+        },
+        tie_word_embeddings: true,
+        qkv_bias: false,
+        o_bias: false,
+        mlp_bias: false,
+        qk_norm: false,
+        sliding_window: vec![None; layers],
+        eos_token_ids: vec![],
+        mla: None,
+    }
+}
+
+/// Qwen2: biases on q, k, v, untied head, a window of 4 in the last layer.
+pub fn qwen2(layers: usize) -> ModelConfig {
+    let mut windows = vec![None; layers];
+    windows[layers - 1] = Some(4);
+    ModelConfig {
+        architecture: Architecture::Qwen2,
+        tie_word_embeddings: false,
+        qkv_bias: true,
+        sliding_window: windows,
+        ..llama(layers)
+    }
+}
+
+/// Qwen3: norms on q and k, d = 16.
+pub fn qwen3(layers: usize) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::Qwen3,
+        head_dim: 16,
+        qk_norm: true,
+        ..llama(layers)
+    }
+}
+
+/// `cfg` with the listed layers converted, r = 12 and `d_r` = 4.
+pub fn converted(cfg: ModelConfig, layers: &[usize]) -> ModelConfig {
+    let shape = MlaLayer {
+        kv_lora_rank: 12,
+        qk_rope_head_dim: 4,
+        qk_nope_head_dim: cfg.head_dim,
+        v_head_dim: cfg.head_dim,
+        encoder: MlaEncoder::of(cfg.architecture),
+    };
+    let mla = MlaConfig {
+        layers: layers.iter().map(|&l| (l, shape)).collect(),
+        attention_scale: (cfg.head_dim as f64).powf(-0.5),
+        o_bias: true,
+    };
+    ModelConfig {
+        mla: Some(mla),
+        ..cfg
+    }
+}
