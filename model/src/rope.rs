@@ -202,8 +202,19 @@ mod tests {
         }
     }
 
-    /// Frequencies and factor that transformers 5.23 (`LlamaRotaryEmbedding`, f32) computes for a
-    /// head of 16 numbers.
+    /// theta, factor on cos and sin, and the 8 frequencies of a head of 16 numbers, as transformers
+    /// 5.23 (`LlamaRotaryEmbedding`, f32) computes them; one line for each rule of the test.
+    const TRANSFORMERS: &str = "
+        10000.0 1.0 1.0 0.31622776 0.1 0.03162278 0.01 0.0031622779 0.001 0.0003162278
+        1000000.0 1.0 1.0 0.17782794 0.03162278 0.0056234132 0.001 0.00017782794 3.1622774e-05 5.6234135e-06
+        10000.0 1.0 0.4 0.1264911 0.04 0.012649111 0.0039999997 0.0012649111 0.00040000002 0.00012649111
+        500000.0 1.0 1.0 0.19392276 0.03760603 0.007292665 0.000524846 3.4281024e-05 6.6478697e-06 1.2891732e-06
+        10000.0 1.0 1.0 0.31622776 0.1 0.017090308 0.0003125 9.882118e-05 3.125e-05 9.882118e-06
+        1000000.0 1.138629436111989 1.0 0.17782794 0.03162278 0.00421756 0.0005 4.4456985e-05 7.905694e-06 1.4058534e-06
+        150000.0 1.3465735902799727 1.0 0.225418 0.050813273 0.0067949593 0.00045648392 1.8188337e-05 4.0999785e-06 9.2420896e-07
+        10000.0 0.9210423553163399 1.0 0.31622776 0.1 0.03162278 0.0067499992 0.0011067971 2.5e-05 7.9056945e-06
+        10000.0 1.25 1.0 0.31622776 0.1 0.025693506 0.0062499996 0.0013834966 0.00025 7.905695e-05";
+
     #[test]
     fn tables_are_those_of_transformers() {
         let mut untruncated = yarn(32.0, 4096, 32.0, 1.0);
@@ -226,144 +237,24 @@ mod tests {
         {
             *attention_factor = Some(1.25);
         }
-        let cases: [(f64, RopeScaling, f64, [f32; 8]); 9] = [
-            (
-                10000.0,
-                RopeScaling::Default,
-                1.0,
-                [
-                    1.0,
-                    0.31622776,
-                    0.1,
-                    0.03162278,
-                    0.01,
-                    0.0031622779,
-                    0.001,
-                    0.0003162278,
-                ],
-            ),
-            (
-                1000000.0,
-                RopeScaling::Default,
-                1.0,
-                [
-                    1.0,
-                    0.17782794,
-                    0.03162278,
-                    0.0056234132,
-                    0.001,
-                    0.00017782794,
-                    3.1622774e-05,
-                    5.6234135e-06,
-                ],
-            ),
-            (
-                10000.0,
-                RopeScaling::Linear { factor: 2.5 },
-                1.0,
-                [
-                    0.4,
-                    0.1264911,
-                    0.04,
-                    0.012649111,
-                    0.0039999997,
-                    0.0012649111,
-                    0.00040000002,
-                    0.00012649111,
-                ],
-            ),
-            (
-                500000.0,
-                llama3(8.0, 8192),
-                1.0,
-                [
-                    1.0,
-                    0.19392276,
-                    0.03760603,
-                    0.007292665,
-                    0.000524846,
-                    3.4281024e-05,
-                    6.6478697e-06,
-                    1.2891732e-06,
-                ],
-            ),
-            (
-                10000.0,
-                llama3(32.0, 512),
-                1.0,
-                [
-                    1.0,
-                    0.31622776,
-                    0.1,
-                    0.017090308,
-                    0.0003125,
-                    9.882118e-05,
-                    3.125e-05,
-                    9.882118e-06,
-                ],
-            ),
-            (
-                1000000.0,
-                yarn(4.0, 32768, 32.0, 1.0),
-                1.138629436111989,
-                [
-                    1.0,
-                    0.17782794,
-                    0.03162278,
-                    0.00421756,
-                    0.0005,
-                    4.4456985e-05,
-                    7.905694e-06,
-                    1.4058534e-06,
-                ],
-            ),
-            (
-                150000.0,
-                untruncated,
-                1.3465735902799727,
-                [
-                    1.0,
-                    0.225418,
-                    0.050813273,
-                    0.0067949593,
-                    0.00045648392,
-                    1.8188337e-05,
-                    4.0999785e-06,
-                    9.2420896e-07,
-                ],
-            ),
-            (
-                10000.0,
-                mscaled,
-                0.9210423553163399,
-                [
-                    1.0,
-                    0.31622776,
-                    0.1,
-                    0.03162278,
-                    0.0067499992,
-                    0.0011067971,
-                    2.5e-05,
-                    7.9056945e-06,
-                ],
-            ),
-            (
-                10000.0,
-                fixed,
-                1.25,
-                [
-                    1.0,
-                    0.31622776,
-                    0.1,
-                    0.025693506,
-                    0.0062499996,
-                    0.0013834966,
-                    0.00025,
-                    7.905695e-05,
-                ],
-            ),
+        let rules = [
+            RopeScaling::Default,
+            RopeScaling::Default,
+            RopeScaling::Linear { factor: 2.5 },
+            llama3(8.0, 8192),
+            llama3(32.0, 512),
+            yarn(4.0, 32768, 32.0, 1.0),
+            untruncated,
+            mscaled,
+            fixed,
         ];
-        for (theta, scaling, factor, expected) in cases {
+        let lines: Vec<&str> = TRANSFORMERS.trim().lines().collect();
+        assert_eq!(lines.len(), rules.len());
+        for (line, scaling) in lines.into_iter().zip(rules) {
+            let mut numbers = line
+                .split_whitespace()
+                .map(|number| number.parse::<f64>().unwrap());
+            let (theta, factor) = (numbers.next().unwrap(), numbers.next().unwrap());
             let table = RopeSpec {
                 theta,
                 scaling: scaling.clone(),
@@ -374,12 +265,11 @@ mod tests {
                 "{scaling:?}"
             );
             assert_eq!(table.inv_freq.len(), 8);
-            for (found, expected) in table.inv_freq.iter().zip(expected) {
+            for &found in &table.inv_freq {
+                let expected = numbers.next().unwrap();
                 // A few units in the last place: torch has its own f32 power.
-                assert!(
-                    (found / expected - 1.0).abs() < 5e-7,
-                    "{scaling:?}: {found} {expected}"
-                );
+                let off = (f64::from(found) / expected - 1.0).abs();
+                assert!(off < 5e-7, "{scaling:?}: {found} {expected}");
             }
         }
     }

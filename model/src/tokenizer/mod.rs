@@ -2,6 +2,8 @@
 
 mod pretokenizer;
 mod sentencepiece;
+#[cfg(test)]
+mod tests;
 pub(crate) mod vocabulary;
 
 use std::path::Path;

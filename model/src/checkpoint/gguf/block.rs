@@ -5,7 +5,7 @@ use candle_core::{
     quantized::{GgmlDType, ggml_file::qtensor_from_ggml},
 };
 
-use crate::{Dtype, Error};
+use crate::{Dtype, Error, tensor::bytes_from_f32};
 
 /// Numbers dequantised at once; bounds what candle allocates beside the result.
 const CHUNK: usize = 1 << 20;
@@ -135,7 +135,7 @@ pub(super) fn dequantise(block: BlockType, stored: &[u8], subject: &str) -> Resu
             .and_then(|tensor| tensor.dequantize(&Device::Cpu))
             .and_then(|tensor| tensor.to_vec1::<f32>())
             .map_err(|error| failed(&error))?;
-        numbers.extend(values.iter().flat_map(|value| value.to_le_bytes()));
+        numbers.extend(bytes_from_f32(Dtype::F32, &values).unwrap_or_default());
     }
     Ok(numbers)
 }

@@ -181,11 +181,10 @@ pub(super) fn config_json(
     Ok(Json::Object(json))
 }
 
-/// `attention.key_length`, else the rotated part of a head, else the share of the hidden size.
+/// `attention.key_length`, else the share of the hidden size; the whole head has to be rotated.
 fn head_dim(keys: &Keys<'_, '_>, heads: u64, hidden: u64) -> Result<u64, Error> {
     let rotated = keys.opt_integer("rope.dimension_count")?;
-    let key = keys.opt_integer("attention.key_length")?;
-    let head_dim = match key.or(rotated) {
+    let head_dim = match keys.opt_integer("attention.key_length")? {
         Some(head_dim) => head_dim,
         None if heads > 0 && hidden.is_multiple_of(heads) => hidden / heads,
         None => {

@@ -73,15 +73,15 @@ fn tiny_checkpoint(raw: &Value, dtype: Dtype, max_shard_bytes: u64) -> (TempDir,
     write_checkpoint(
         &folder,
         raw,
-        tiny_tensors(&parse(raw), dtype),
+        &tiny_tensors(&parse(raw), dtype),
         max_shard_bytes,
     );
     (around, folder)
 }
 
-fn write_checkpoint(folder: &Path, raw: &Value, tensors: Vec<TensorInfo>, max_shard_bytes: u64) {
-    let writer = CheckpointWriter::create(folder, tensors.clone(), max_shard_bytes).unwrap();
-    for info in &tensors {
+fn write_checkpoint(folder: &Path, raw: &Value, tensors: &[TensorInfo], max_shard_bytes: u64) {
+    let writer = CheckpointWriter::create(folder, tensors.to_vec(), max_shard_bytes).unwrap();
+    for info in tensors {
         writer.write(&info.name, &tensor_bytes(info)).unwrap();
     }
     writer

@@ -159,7 +159,7 @@ fn opened_with(change: impl FnOnce(&mut Value, &mut Vec<TensorInfo>)) -> String 
     change(&mut raw, &mut tensors);
     let around = tempfile::tempdir().unwrap();
     let folder = around.path().join("model");
-    write_checkpoint(&folder, &raw, tensors, u64::MAX);
+    write_checkpoint(&folder, &raw, &tensors, u64::MAX);
     refusal(Checkpoint::open(&folder))
 }
 

@@ -71,7 +71,7 @@ fn many_threads_write_at_once() {
     let tensors = tiny_tensors(&parse(&raw), Dtype::F32);
     let around = tempfile::tempdir().unwrap();
     let (serial, parallel) = (around.path().join("serial"), around.path().join("parallel"));
-    write_checkpoint(&serial, &raw, tensors.clone(), 3000);
+    write_checkpoint(&serial, &raw, &tensors, 3000);
     let writer = CheckpointWriter::create(&parallel, tensors.clone(), 3000).unwrap();
     std::thread::scope(|scope| {
         for part in tensors.chunks(3) {
