@@ -1,7 +1,5 @@
 //! Rotary embedding of f32 vectors, half-split.
 
-use std::ops::Range;
-
 /// Cosines and sines of every position and frequency.
 #[derive(Debug, Clone)]
 pub(crate) struct RotationTable {
@@ -35,11 +33,16 @@ impl RotationTable {
         self.cos.len().checked_div(self.half).unwrap_or(0)
     }
 
+    /// Cosines and sines `[half]` of a position.
+    pub(crate) fn at(&self, position: usize) -> (&[f32], &[f32]) {
+        let range = position * self.half..(position + 1) * self.half;
+        (&self.cos[range.clone()], &self.sin[range])
+    }
+
     /// Turns one vector `[2 * half]` by its position, times `factor`.
     pub(crate) fn rotate(&self, input: &[f32], output: &mut [f32], position: usize, factor: f32) {
         let h = self.half;
-        let range: Range<usize> = position * h..(position + 1) * h;
-        let (cos, sin) = (&self.cos[range.clone()], &self.sin[range]);
+        let (cos, sin) = self.at(position);
         let (a, b) = input.split_at(h);
         let (out_a, out_b) = output.split_at_mut(h);
         for l in 0..h {

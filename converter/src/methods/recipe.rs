@@ -44,14 +44,14 @@ impl Default for Recipe {
             token_weights: TokenWeights::Attention {
                 uniform_share: 0.05,
             },
-            query_weights: QueryWeights::Alpha,
+            query_weights: QueryWeights::Sensitivity,
             basis: Basis::ComplexQueryMetric,
-            constant: Constant::MeanBySquare,
+            constant: Constant::MeanByContribution,
             selection: Selection::Greedy,
             metric: Metric::Output,
             balance: Balance::Search {
-                values: vec![0.5, 1.0, 2.0, 4.0, 8.0],
-                fallback: 2.0,
+                values: vec![0.25, 0.5, 1.0, 2.0],
+                fallback: 0.5,
             },
             refit: Some(RefitOptions::default()),
         }
@@ -74,7 +74,12 @@ pub fn convert_layer(
     let energies = query_energy(&shape, &queries);
     let components = components(&shape, recipe.basis, &moment, &energies)?;
     let constants = constants(statistics, recipe.constant);
-    let importance = importance(&shape, &components, &energies, &constants);
+    let contribution: Vec<Vec<f64>> = statistics
+        .heads
+        .iter()
+        .map(|h| h.rotation_energy.clone())
+        .collect();
+    let importance = importance(&shape, &components, &contribution, &constants);
     let kept = select(
         &shape,
         &components,

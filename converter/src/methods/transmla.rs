@@ -25,7 +25,7 @@ use crate::steps::lowrank::{JointProblem, Metric};
 use crate::steps::weights::{TokenWeights, token_moment};
 
 /// Options of the method.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, serde::Serialize, serde::Deserialize)]
 pub struct TransMla {
     /// Neighbouring frequencies merged into one group; a divisor of d/2 and a multiple of
     /// d / `d_r`; `None`: d / `d_r`, the least.

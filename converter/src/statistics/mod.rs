@@ -5,12 +5,15 @@
 //! error of a converted layer is measured.
 
 mod accumulate;
+mod block;
 mod prior;
 mod sample;
 
 pub(crate) use prior::statistics_from_weights;
 pub use prior::{DistancePrior, prior_statistics};
 pub use sample::WindowSample;
+
+use faer::c64;
 
 use crate::attention::RotationTable;
 use crate::error::{Error, refuse};
@@ -70,6 +73,11 @@ pub struct HeadStatistics {
     pub p2: f64,
     /// `sum p^2 |v_s - o_t|^2` in the `W_o` metric over sampled rows and keys.
     pub sensitivity: f64,
+    /// `sum W |q[h,l]|^2 |k[g,l]|^2` by frequency `[d/2]`, `W = p^2 |v_s - o_t|^2`: how much of the
+    /// output's squared change an error of this frequency's scores makes.
+    pub rotation_energy: Vec<f64>,
+    /// `sum W |q[h,l]|^2 |k[g,l]|^2 e^{i theta_l (t - s)}` by frequency `[d/2]`.
+    pub rotation: Vec<c64>,
     /// `W_o,h^T W_o,h` `[d, d]`.
     pub output_metric: Matrix<f64>,
 }
@@ -162,6 +170,8 @@ impl LayerStatistics {
                     distance_p2: Vec::new(),
                     p2: 0.0,
                     sensitivity: 0.0,
+                    rotation_energy: vec![0.0; d / 2],
+                    rotation: vec![c64::new(0.0, 0.0); d / 2],
                     output_metric: w.transposed_times(&w).cast(),
                 }
             })
@@ -213,6 +223,10 @@ impl LayerStatistics {
             head.query_sensitive.add_scaled(&more.query_sensitive, 1.0);
             add_padded(&mut head.distance_p, &more.distance_p);
             add_padded(&mut head.distance_p2, &more.distance_p2);
+            add_padded(&mut head.rotation_energy, &more.rotation_energy);
+            for (x, y) in head.rotation.iter_mut().zip(&more.rotation) {
+                *x += y;
+            }
             head.p2 += more.p2;
             head.sensitivity += more.sensitivity;
         }

@@ -18,6 +18,7 @@ use super::{HeadStatistics, LayerStatistics, StatisticsOptions};
 use crate::error::{Error, refuse};
 use crate::layer::{LayerWeights, Projection};
 use crate::linalg::Matrix;
+use crate::steps::constant::mean_rotation;
 
 /// Assumed distribution of attention over the distance D between query and key:
 /// `(1 + D)^-exponent` for D below `length` (and below the layer's window).
@@ -98,6 +99,7 @@ pub(crate) fn statistics_from_weights(
     let total: f64 = distances.iter().sum();
     distances.iter_mut().for_each(|x| *x /= total);
 
+    let rotation = mean_rotation(attention, &distances);
     let mut statistics = LayerStatistics::new(
         weights.layer,
         attention,
@@ -125,6 +127,13 @@ pub(crate) fn statistics_from_weights(
             }
             let start = n + shape.group_of(h) * d;
             let alpha = trace_of_product(&head.output_metric, &moment, start);
+            let energy = |m: &Matrix<f64>, start: usize, l: usize| {
+                m[(start + l, start + l)] + m[(start + l + d / 2, start + l + d / 2)]
+            };
+            let key = shape.group_of(h) * d;
+            let contribution: Vec<f64> = (0..d / 2)
+                .map(|l| alpha * energy(&query, 0, l) * energy(&moment, key, l))
+                .collect();
             let mut sensitive = query.clone();
             sensitive.scale(alpha);
             *head = HeadStatistics {
@@ -134,6 +143,8 @@ pub(crate) fn statistics_from_weights(
                 distance_p2: distances.clone(),
                 p2: 1.0,
                 sensitivity: alpha,
+                rotation_energy: vec![1.0; d / 2],
+                rotation: rotation.clone(),
                 output_metric: head.output_metric.clone(),
             };
         });

@@ -13,6 +13,9 @@ use crate::statistics::LayerStatistics;
 /// What replaces the rotation of a dropped component.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub enum Constant {
+    /// The mean of `e^{i theta D}` weighted by `p^2 |v_s - o_t|^2 |q[h,l]|^2 |k[g,l]|^2`: by how much
+    /// the output changes with the scores and how much of them is of this frequency.
+    MeanByContribution,
     /// The mean of `e^{i theta D}` weighted by `p^2`.
     MeanBySquare,
     /// The mean of `e^{i theta D}` weighted by `p`.
@@ -35,27 +38,40 @@ pub fn constants(statistics: &LayerStatistics, choice: Constant) -> Constants {
     let attention = &statistics.attention;
     let (mut mean, mut spread) = (Vec::new(), Vec::new());
     for head in &statistics.heads {
-        let histogram = match choice {
-            Constant::Mean => &head.distance_p,
-            Constant::MeanBySquare | Constant::One => &head.distance_p2,
+        let average = match choice {
+            Constant::MeanByContribution | Constant::One => {
+                let ratio = |(sum, energy): (&c64, &f64)| {
+                    if *energy > 0.0 {
+                        *sum / *energy
+                    } else {
+                        c64::new(1.0, 0.0)
+                    }
+                };
+                head.rotation
+                    .iter()
+                    .zip(&head.rotation_energy)
+                    .map(ratio)
+                    .collect()
+            }
+            Constant::Mean => mean_rotation(attention, &head.distance_p),
+            Constant::MeanBySquare => mean_rotation(attention, &head.distance_p2),
         };
-        let average = mean_rotation(attention, histogram);
         let left = |m: &c64| match choice {
             // E|e - 1|^2 = 2 - 2 Re E[e]
             Constant::One => (2.0 - 2.0 * m.re).max(0.0),
-            Constant::Mean | Constant::MeanBySquare => (1.0 - m.norm_sqr()).max(0.0),
+            _ => (1.0 - m.norm_sqr()).max(0.0),
         };
         spread.push(average.iter().map(left).collect());
         mean.push(match choice {
             Constant::One => vec![c64::new(1.0, 0.0); average.len()],
-            Constant::Mean | Constant::MeanBySquare => average,
+            _ => average,
         });
     }
     Constants { mean, spread }
 }
 
 /// `E[e^{i theta_l D}]` of every frequency under a histogram of distances.
-fn mean_rotation(attention: &Attention, histogram: &[f64]) -> Vec<c64> {
+pub(crate) fn mean_rotation(attention: &Attention, histogram: &[f64]) -> Vec<c64> {
     let total: f64 = histogram.iter().sum();
     if total <= 0.0 {
         return vec![c64::new(1.0, 0.0); attention.rotary.inv_freq.len()];

@@ -23,24 +23,37 @@ pub enum Selection {
 }
 
 /// Importance of every component: the change of the squared scores when its rotation is dropped.
+///
+/// `contribution[h][l]` is the weighted energy of head h's scores at frequency l; a component has
+/// the share `|decoder[g,c]|^2 E|z_c|^2` of its frequency's key energy `E|k[g,l]|^2`.
 pub fn importance(
     shape: &AttentionShape,
     components: &[Component],
-    query_energy: &[Vec<f64>],
+    contribution: &[Vec<f64>],
     constants: &Constants,
 ) -> Vec<f64> {
+    let energy = |c: &Component, g: usize| c.decoder[g].norm_sqr() * c.energy;
+    let mut key_energy = vec![vec![0.0; shape.frequencies()]; shape.kv_heads];
+    for c in components {
+        for (g, row) in key_energy.iter_mut().enumerate() {
+            row[c.frequency] += energy(c, g);
+        }
+    }
     components
         .iter()
         .map(|c| {
             let l = c.frequency;
-            let seen: f64 = (0..shape.query_heads)
+            (0..shape.query_heads)
                 .map(|h| {
-                    query_energy[h][l]
-                        * c.decoder[shape.group_of(h)].norm_sqr()
-                        * constants.spread[h][l]
+                    let g = shape.group_of(h);
+                    let share = if key_energy[g][l] > 0.0 {
+                        energy(c, g) / key_energy[g][l]
+                    } else {
+                        0.0
+                    };
+                    share * contribution[h][l] * constants.spread[h][l]
                 })
-                .sum();
-            c.energy * seen
+                .sum()
         })
         .collect()
 }
