@@ -5,6 +5,7 @@
 
 mod block;
 mod config;
+mod cursor;
 mod header;
 mod names;
 

@@ -1,9 +1,6 @@
 //! Files written by candle, whose writer shares nothing with the reader under test.
 
-use std::{
-    fs,
-    path::{Path, PathBuf},
-};
+use std::{fs, path::PathBuf};
 
 use candle_core::{
     Device, Tensor,
@@ -12,20 +9,18 @@ use candle_core::{
         gguf_file::{self, Value},
     },
 };
-use half::f16;
-use proptest::prelude::*;
 use serde_json::json;
 use tempfile::TempDir;
 
-use super::{listing, numbers, refusal};
+use super::{listing, naive, numbers, refusal};
 use crate::{Checkpoint, CheckpointWriter, Dtype, RopeScaling};
 
 const HIDDEN: usize = 256;
 const HEAD: usize = 64;
 const VOCAB: usize = 17;
 
-type Metadata = Vec<(String, Value)>;
-type Tensors = Vec<(String, QTensor)>;
+pub(super) type Metadata = Vec<(String, Value)>;
+pub(super) type Tensors = Vec<(String, QTensor)>;
 
 fn text(value: &str) -> Value {
     Value::String(value.to_owned())
@@ -36,7 +31,7 @@ fn texts(values: &[&str]) -> Value {
 }
 
 /// Metadata of a model of one layer: 4 query heads, 2 KV heads.
-fn metadata(architecture: &str) -> Metadata {
+pub(super) fn metadata(architecture: &str) -> Metadata {
     let key = |name: &str| format!("{architecture}.{name}");
     let tokens = [
         "<|endoftext|>",
@@ -124,7 +119,7 @@ fn quantised(name: &str, shape: &[usize], dtype: GgmlDType) -> QTensor {
 }
 
 /// All tensors; matrices of one type, vectors F32 as llama.cpp has them.
-fn tensors(architecture: &str, matrices: GgmlDType) -> Tensors {
+pub(super) fn tensors(architecture: &str, matrices: GgmlDType) -> Tensors {
     shapes(architecture)
         .into_iter()
         .map(|(name, shape)| {
@@ -139,7 +134,7 @@ fn tensors(architecture: &str, matrices: GgmlDType) -> Tensors {
         .collect()
 }
 
-fn write(metadata: &Metadata, tensors: &Tensors) -> (TempDir, PathBuf) {
+pub(super) fn write(metadata: &Metadata, tensors: &Tensors) -> (TempDir, PathBuf) {
     let around = tempfile::tempdir().unwrap();
     let path = around.path().join("model.gguf");
     let metadata: Vec<_> = metadata
@@ -154,57 +149,6 @@ fn write(metadata: &Metadata, tensors: &Tensors) -> (TempDir, PathBuf) {
     gguf_file::write(&mut bytes, &metadata, &tensors).unwrap();
     fs::write(&path, bytes.into_inner()).unwrap();
     (around, path)
-}
-
-/// Naive readings of the block formats, from ggml's `ggml-quants.c`, one number at a time in f64.
-mod naive {
-    use super::f16;
-
-    fn half(bytes: &[u8]) -> f64 {
-        f16::from_le_bytes([bytes[0], bytes[1]]).to_f64()
-    }
-
-    /// Number `at` of a block of 32.
-    pub(super) fn simple(kind: &str, block: &[u8], at: usize) -> f64 {
-        let nibble = |quants: &[u8]| f64::from((quants[at % 16] >> (4 * (at / 16))) & 15);
-        match kind {
-            "Q8_0" => half(block) * f64::from(block[2 + at] as i8),
-            "Q4_0" => half(block) * (nibble(&block[2..]) - 8.0),
-            "Q4_1" => half(block) * nibble(&block[4..]) + half(&block[2..]),
-            other => panic!("{other}"),
-        }
-    }
-
-    /// Number `at` of a block of 256: `d, dmin, 12 bytes of 6-bit scales and minima, 128 of quants`.
-    pub(super) fn q4_k(block: &[u8], at: usize) -> f64 {
-        let (scales, quants) = (&block[4..16], &block[16..]);
-        let group = at / 32;
-        let (scale, minimum) = if group < 4 {
-            (scales[group] & 63, scales[group + 4] & 63)
-        } else {
-            (
-                (scales[group + 4] & 15) | ((scales[group - 4] >> 6) << 4),
-                (scales[group + 4] >> 4) | ((scales[group] >> 6) << 4),
-            )
-        };
-        let quant = (quants[group / 2 * 32 + at % 32] >> (4 * (group % 2))) & 15;
-        half(block) * f64::from(scale) * f64::from(quant) - half(&block[2..]) * f64::from(minimum)
-    }
-
-    /// Number `at` of a block of 256: 128 bytes of low nibbles, 64 of high pairs, 16 scales, `d`.
-    pub(super) fn q6_k(block: &[u8], at: usize) -> f64 {
-        let (low, high, scales, d) = (
-            &block[..128],
-            &block[128..192],
-            &block[192..208],
-            &block[208..],
-        );
-        let (half_block, place) = (at / 128, at % 128);
-        let nibble = (low[half_block * 64 + place % 64] >> (4 * (place / 64))) & 15;
-        let pair = (high[half_block * 32 + place % 32] >> (2 * (place / 32))) & 3;
-        let quant = i32::from(nibble | (pair << 4)) - 32;
-        half(d) * f64::from(scales[at / 16] as i8) * f64::from(quant)
-    }
 }
 
 #[test]
@@ -344,7 +288,10 @@ fn the_configuration_is_one_that_transformers_reads() {
 }
 
 /// Opens a llama with more metadata.
-fn opened_with(more: &[(&str, Value)], tensors: &Tensors) -> Result<Checkpoint, crate::Error> {
+pub(super) fn opened_with(
+    more: &[(&str, Value)],
+    tensors: &Tensors,
+) -> Result<Checkpoint, crate::Error> {
     let mut metadata = metadata("llama");
     for (key, value) in more {
         metadata.retain(|(other, _)| other != key);
@@ -563,103 +510,4 @@ fn two_files_are_one_too_many() {
         message.contains("expected one .gguf file, found 2 of them"),
         "{message}"
     );
-}
-
-/// The bytes of a good file and where its data begin.
-fn good_file() -> (Vec<u8>, usize) {
-    let (_around, path) = write(&metadata("llama"), &tensors("llama", GgmlDType::Q8_0));
-    let bytes = fs::read(path).unwrap();
-    let content = gguf_file::Content::read(&mut std::io::Cursor::new(&bytes)).unwrap();
-    (bytes, content.tensor_data_offset as usize)
-}
-
-fn open_bytes(folder: &Path, bytes: &[u8]) -> Result<Checkpoint, crate::Error> {
-    let path = folder.join("model.gguf");
-    fs::write(&path, bytes).unwrap();
-    Checkpoint::open(path)
-}
-
-#[test]
-fn damaged_files_are_refused() {
-    let (bytes, data) = good_file();
-    let around = tempfile::tempdir().unwrap();
-    let open = |bytes: &[u8]| open_bytes(around.path(), bytes);
-    assert!(open(&bytes).is_ok());
-    for length in (0..data).step_by(7).chain([data, bytes.len() - 1]) {
-        let message = refusal(open(&bytes[..length]));
-        assert!(message.contains("model.gguf"), "{message}");
-    }
-    let message = refusal(open(&bytes[..bytes.len() - 1]));
-    assert!(
-        message.contains("it is cut short") && message.contains(": tensor "),
-        "{message}"
-    );
-
-    // The info of the second tensor: name, axes, extent, type, offset.
-    let name = b"output_norm.weight";
-    let at = bytes
-        .windows(name.len())
-        .position(|window| window == name)
-        .unwrap()
-        + name.len();
-    let changed = |offset: usize, value: &[u8]| {
-        let mut bytes = bytes.clone();
-        bytes[at + offset..at + offset + value.len()].copy_from_slice(value);
-        refusal(open(&bytes))
-    };
-    let axes = changed(0, &9_u32.to_le_bytes());
-    assert!(
-        axes.contains("tensor output_norm.weight: expected 1 to 4 axes, found 9"),
-        "{axes}"
-    );
-    let extent = changed(4, &u64::MAX.to_le_bytes());
-    assert!(
-        extent.contains("tensor output_norm.weight: expected a shape"),
-        "{extent}"
-    );
-    let kind = changed(12, &20_u32.to_le_bytes());
-    assert!(kind.contains("found type 20 (IQ4_NL)"), "{kind}");
-    let overlap = changed(16, &0_u64.to_le_bytes());
-    assert!(overlap.contains("they overlap"), "{overlap}");
-    let misaligned = changed(16, &1_u64.to_le_bytes());
-    assert!(
-        misaligned.contains("expected data at a multiple of 32, found offset 1"),
-        "{misaligned}"
-    );
-    let outside = changed(16, &(u64::MAX - 31).to_le_bytes());
-    assert!(
-        outside.contains("tensor output_norm.weight: expected 1024 bytes"),
-        "{outside}"
-    );
-    let mut huge = bytes.clone();
-    huge[8..24].fill(0xFF);
-    refusal(open(&huge));
-    let mut old = bytes.clone();
-    old[4] = 1;
-    assert!(refusal(open(&old)).contains("version: expected 2 or 3"));
-    let zero = opened_with(
-        &[("general.alignment", Value::U32(0))],
-        &tensors("llama", GgmlDType::F16),
-    );
-    assert!(refusal(zero).contains("general.alignment"));
-}
-
-static GOOD: std::sync::OnceLock<(Vec<u8>, usize)> = std::sync::OnceLock::new();
-
-proptest! {
-    #![proptest_config(ProptestConfig::with_cases(200))]
-    /// A damaged header is refused or read, never more than that.
-    #[test]
-    fn damaged_headers_never_panic(changes in prop::collection::vec((0_usize..3000, any::<u8>()), 1..4)) {
-        let (bytes, data) = GOOD.get_or_init(good_file);
-        let mut bytes = bytes.clone();
-        for (at, byte) in changes {
-            bytes[at % data] = byte;
-        }
-        let around = tempfile::tempdir().unwrap();
-        if let Ok(checkpoint) = open_bytes(around.path(), &bytes) {
-            let _ = checkpoint.bytes("model.layers.0.self_attn.q_proj.weight");
-            let _ = checkpoint.tokenizer();
-        }
-    }
 }

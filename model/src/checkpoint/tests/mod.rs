@@ -1,6 +1,8 @@
 //! Tests of reading and writing, on checkpoints of a few kilobytes.
 
 mod gguf;
+mod gguf_damage;
+mod naive;
 mod open;
 mod safetensors;
 mod writer;
