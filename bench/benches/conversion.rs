@@ -5,7 +5,10 @@ use std::hint::black_box;
 use criterion::{Criterion, criterion_group};
 use mlac_bench::random_model::{Random, RandomLlama};
 use mlac_bench::{estimates, results};
-use mlac_converter::{LayerStatistics, RankChoice, Recipe, StatisticsOptions, WindowActivations, compose, convert_layer};
+use mlac_converter::{
+    LayerStatistics, RankChoice, Recipe, StatisticsOptions, WindowActivations, compose,
+    convert_layer,
+};
 
 const TOKENS: usize = 2048;
 const WINDOWS: usize = 16;
@@ -13,16 +16,29 @@ const WINDOWS: usize = 16;
 fn conversion(c: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let shape = RandomLlama::SMOLLM2;
-    let checkpoint = shape.write(&folder.path().join("model"), 1).expect("a random checkpoint");
-    let weights = mlac::pipeline::calibrate::layer_weights(&checkpoint, 0).expect("the layer's weights");
+    let checkpoint = shape
+        .write(&folder.path().join("model"), 1)
+        .expect("a random checkpoint");
+    let weights =
+        mlac::pipeline::calibrate::layer_weights(&checkpoint, 0).expect("the layer's weights");
     let mut random = Random(7);
     let q = random.many(TOKENS * shape.heads * shape.head_dim);
     let k = random.many(TOKENS * shape.kv_heads * shape.head_dim);
     let v = random.many(TOKENS * shape.kv_heads * shape.head_dim);
-    let window = WindowActivations { tokens: TOKENS, q: &q, k: &k, v: &v };
+    let window = WindowActivations {
+        tokens: TOKENS,
+        q: &q,
+        k: &k,
+        v: &v,
+    };
     let empty = || {
-        LayerStatistics::new(0, &weights.attention, &weights.o.weight, StatisticsOptions::default())
-            .expect("statistics of a sound layer")
+        LayerStatistics::new(
+            0,
+            &weights.attention,
+            &weights.o.weight,
+            StatisticsOptions::default(),
+        )
+        .expect("statistics of a sound layer")
     };
     let mut full = empty();
     full.accumulate(&window).expect("a sound window");
@@ -32,14 +48,20 @@ fn conversion(c: &mut Criterion) {
     group.bench_function("statistics of a window of 2048 tokens", |b| {
         b.iter(|| {
             let mut statistics = empty();
-            statistics.accumulate(black_box(&window)).expect("a sound window");
+            statistics
+                .accumulate(black_box(&window))
+                .expect("a sound window");
             statistics
         });
     });
-    let ranks = RankChoice { kv_lora_rank: 128, qk_rope_head_dim: 64 };
+    let ranks = RankChoice {
+        kv_lora_rank: 128,
+        qk_rope_head_dim: 64,
+    };
     group.bench_function("factors and tensors at 128 + 64", |b| {
         b.iter(|| {
-            let (factors, _) = convert_layer(&weights, black_box(&full), ranks, &Recipe::default()).expect("factors");
+            let (factors, _) = convert_layer(&weights, black_box(&full), ranks, &Recipe::default())
+                .expect("factors");
             compose(&weights, &factors).expect("tensors")
         });
     });
@@ -58,9 +80,18 @@ fn main() {
     let statistics = median("statistics of a window of 2048 tokens");
     let factors = median("factors and tensors at 128 + 64");
     let rows = vec![
-        vec!["statistics of one window of 2048 tokens, 256 query rows".into(), format!("{:.1}", statistics * 1e3)],
-        vec!["factors (balance search over 5 values) and tensors at 128 + 64".into(), format!("{:.1}", factors * 1e3)],
-        vec![format!("one layer with {WINDOWS} windows, the sum"), format!("{:.1}", (statistics * WINDOWS as f64 + factors) * 1e3)],
+        vec![
+            "statistics of one window of 2048 tokens, 256 query rows".into(),
+            format!("{:.1}", statistics * 1e3),
+        ],
+        vec![
+            "factors (balance search over 5 values) and tensors at 128 + 64".into(),
+            format!("{:.1}", factors * 1e3),
+        ],
+        vec![
+            format!("one layer with {WINDOWS} windows, the sum"),
+            format!("{:.1}", (statistics * WINDOWS as f64 + factors) * 1e3),
+        ],
     ];
     results::write_section(
         &results::results_file(),

@@ -1,11 +1,217 @@
-//! Decode step of one attention layer in ONNX Runtime: MLA against GQA in primitives and GQA as
-//! ONNX Runtime's own operator, by context.
+//! Decode step of one attention layer in ONNX Runtime: MLA against both GQA baselines (primitives and
+//! ONNX Runtime's own GroupQueryAttention), by context, all in one run.
+
+use std::fmt::Write as _;
+use std::path::Path;
 
 use criterion::{BenchmarkId, Criterion, criterion_group};
+use mlac::pipeline::calibrate::convert_from_weights;
+use mlac::pipeline::convert::{LayerPlan, Method, converted_config};
 use mlac_bench::random_model::{Random, RandomLlama};
 use mlac_bench::{estimates, results};
+use mlac_converter::{RankChoice, Recipe};
+use mlac_engines::ort::{HostTensor, OrtSession, SessionOptions, Value};
+use mlac_graph::builders::{CacheProduct, StepForm, StepOptions, step_graph};
+use mlac_graph::ir::DType;
+use mlac_graph::onnx::{MemoryWeights, Overlay, to_bytes};
+use mlac_model::Checkpoint;
 
 /// Contexts in tokens.
-const CONTEXTS: [usize; 4] = [1024, 4096, 16384, 32768];
+const CONTEXTS: [usize; 4] = [1 << 10, 1 << 12, 1 << 14, 1 << 15];
 
-fn main() {}
+/// A layer and the ranks it is converted to.
+struct Case {
+    name: &'static str,
+    shape: RandomLlama,
+    ranks: RankChoice,
+}
+
+const CASES: [Case; 2] = [
+    Case {
+        name: "SmolLM2 9-3 heads of 64, 128 + 64",
+        shape: RandomLlama::SMOLLM2,
+        ranks: RankChoice {
+            kv_lora_rank: 128,
+            qk_rope_head_dim: 64,
+        },
+    },
+    Case {
+        name: "GPT-OSS 64-8 heads of 64, 256 + 64",
+        shape: RandomLlama::GPT_OSS,
+        ranks: RankChoice {
+            kv_lora_rank: 256,
+            qk_rope_head_dim: 64,
+        },
+    },
+];
+
+/// The forms that are timed.
+const FORMS: [(&str, StepForm, CacheProduct); 4] = [
+    (
+        "GQA primitives",
+        StepForm::GqaPrimitives,
+        CacheProduct::QueryRows,
+    ),
+    (
+        "GQA operator",
+        StepForm::GqaOperator,
+        CacheProduct::QueryRows,
+    ),
+    ("MLA", StepForm::MlaAbsorbed, CacheProduct::QueryRows),
+    (
+        "MLA, cache rows first",
+        StepForm::MlaAbsorbed,
+        CacheProduct::CacheRows,
+    ),
+];
+
+/// One form's session with its inputs at one context.
+struct Step {
+    session: OrtSession,
+    inputs: Vec<(String, Value)>,
+}
+
+impl Step {
+    fn open(
+        checkpoint: &Checkpoint,
+        case: &Case,
+        form: StepForm,
+        product: CacheProduct,
+        context: usize,
+    ) -> Self {
+        let plan = LayerPlan {
+            layer: 0,
+            ranks: case.ranks,
+        };
+        let converted = convert_from_weights(checkpoint, &plan, &Method::Recipe(Recipe::default()))
+            .expect("a conversion");
+        let mut top = MemoryWeights::new();
+        let mut config = checkpoint.config().clone();
+        if form == StepForm::MlaAbsorbed {
+            config = converted_config(&config, &[plan]);
+            for (name, shape, data) in converted.tensors.named() {
+                let name = mlac::pipeline::calibrate::tensor_name(0, name);
+                top.insert(name, &shape, data.to_vec())
+                    .expect("the tensor's own shape");
+            }
+        }
+        let graph = step_graph(
+            &config,
+            0,
+            &StepOptions {
+                form,
+                dtype: DType::F32,
+                product,
+            },
+        )
+        .expect("a graph");
+        let bytes = to_bytes(&graph, &Overlay::new(&top, checkpoint)).expect("an ONNX message");
+        let session = OrtSession::from_bytes("decode step", &bytes, &SessionOptions::default())
+            .expect("a session");
+        let mut random = Random(11);
+        let inputs = session
+            .inputs()
+            .iter()
+            .map(|port| {
+                let shape: Vec<usize> = port
+                    .dims
+                    .iter()
+                    .map(|d| {
+                        d.fixed()
+                            .unwrap_or_else(|| if is_past(d) { context } else { 1 })
+                    })
+                    .collect();
+                let count = shape.iter().product();
+                let tensor = if port.name == "position_ids" {
+                    HostTensor::i64(shape, vec![context as i64; count])
+                } else {
+                    HostTensor::f32(shape, random.many(count))
+                };
+                (port.name.clone(), Value::new(tensor).expect("a tensor"))
+            })
+            .collect();
+        Self { session, inputs }
+    }
+
+    fn run(&mut self) -> Vec<Value> {
+        let inputs: Vec<(&str, &Value)> =
+            self.inputs.iter().map(|(n, v)| (n.as_str(), v)).collect();
+        self.session.run(&inputs).expect("a step")
+    }
+}
+
+fn is_past(dim: &mlac_engines::ort::Dim) -> bool {
+    matches!(dim, mlac_engines::ort::Dim::Dynamic(name) if name.contains("past"))
+}
+
+fn decode_step(c: &mut Criterion) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for (i, case) in CASES.iter().enumerate() {
+        let checkpoint = open(case, &folder.path().join(i.to_string()));
+        let mut group = c.benchmark_group(case.name);
+        group.sample_size(20);
+        for context in CONTEXTS {
+            for (name, form, product) in FORMS {
+                let mut step = Step::open(&checkpoint, case, form, product, context);
+                group.bench_function(BenchmarkId::new(name, context), |b| b.iter(|| step.run()));
+            }
+        }
+        group.finish();
+    }
+}
+
+fn open(case: &Case, folder: &Path) -> Checkpoint {
+    case.shape.write(folder, 3).expect("a random checkpoint")
+}
+
+criterion_group!(benches, decode_step);
+
+fn main() {
+    benches();
+    Criterion::default().configure_from_args().final_summary();
+    if estimates::is_test_run() {
+        return;
+    }
+    let mut body = String::from(
+        "One attention layer (projections, rotation, cache append, softmax, output projection), batch 1, one new token, f32, \
+         median of criterion's samples in milliseconds. `A / B` above 1 means MLA is faster.\n",
+    );
+    for case in &CASES {
+        let median = |form: &str, context: usize| {
+            estimates::median_seconds(case.name, &format!("{form}/{context}"))
+                .expect("criterion's figures")
+                * 1e3
+        };
+        let rows: Vec<Vec<String>> = CONTEXTS
+            .iter()
+            .map(|&context| {
+                let times: Vec<f64> = FORMS
+                    .iter()
+                    .map(|(form, ..)| median(form, context))
+                    .collect();
+                let mla = times[2].min(times[3]);
+                let mut row = vec![context.to_string()];
+                row.extend(times.iter().map(|t| format!("{t:.3}")));
+                row.push(format!("{:.2}", times[0] / mla));
+                row.push(format!("{:.2}", times[1] / mla));
+                row
+            })
+            .collect();
+        let mut head = vec!["context"];
+        head.extend(FORMS.iter().map(|(form, ..)| *form));
+        head.extend(["primitives / MLA", "operator / MLA"]);
+        let _ = write!(
+            body,
+            "\n### {}\n\n{}",
+            case.name,
+            results::table(&head, &rows)
+        );
+    }
+    results::write_section(
+        &results::results_file(),
+        "Decode step of one attention layer in ONNX Runtime",
+        "cargo bench -p mlac-bench --bench decode_step",
+        &body,
+    )
+    .expect("bench/RESULTS.md can be written");
+}

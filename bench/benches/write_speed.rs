@@ -12,14 +12,25 @@ use mlac::progress::Progress;
 use mlac_bench::random_model::RandomLlama;
 use mlac_bench::{estimates, results};
 use mlac_converter::{Budget, Recipe};
-use mlac_graph::{DType, GqaForm, Runtime};
+use mlac_graph::builders::{GqaForm, Runtime};
+use mlac_graph::ir::DType;
 use mlac_model::{Checkpoint, Dtype};
 
-const MODEL: RandomLlama =
-    RandomLlama { layers: 8, hidden: 1024, heads: 16, kv_heads: 4, head_dim: 64, intermediate: 4096, vocab: 32000 };
+const MODEL: RandomLlama = RandomLlama {
+    layers: 8,
+    hidden: 1024,
+    heads: 16,
+    kv_heads: 4,
+    head_dim: 64,
+    intermediate: 4096,
+    vocab: 32000,
+};
 
 fn convert_to(checkpoint: &Checkpoint, output: &Path) {
-    let request = RankRequest { budget: Budget::Exact, layers: LayerChoice::All };
+    let request = RankRequest {
+        budget: Budget::Exact,
+        layers: LayerChoice::All,
+    };
     let (layers, _) = request.plan(checkpoint.config()).expect("a plan");
     let request = ConvertRequest {
         checkpoint,
@@ -36,7 +47,8 @@ fn convert_to(checkpoint: &Checkpoint, output: &Path) {
 }
 
 fn write_speed(c: &mut Criterion) {
-    let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/../target").expect("a temporary folder");
+    let folder = tempfile::tempdir_in(env!("CARGO_MANIFEST_DIR").to_owned() + "/../target")
+        .expect("a temporary folder");
     let model = folder.path().join("model");
     let checkpoint = MODEL.write(&model, 1).expect("a random checkpoint");
     let out = folder.path().join("out");
@@ -46,20 +58,35 @@ fn write_speed(c: &mut Criterion) {
         }
     };
     let cp = |sync: bool| {
-        let done = Command::new("cp").arg("-r").arg(&model).arg(&out).status().expect("cp runs");
+        let done = Command::new("cp")
+            .arg("-r")
+            .arg(&model)
+            .arg(&out)
+            .status()
+            .expect("cp runs");
         assert!(done.success(), "cp failed");
         if sync {
             for file in fs::read_dir(&out).expect("the copy") {
                 let path = file.expect("an entry").path();
-                fs::File::open(path).and_then(|f| f.sync_all()).expect("sync");
+                fs::File::open(path)
+                    .and_then(|f| f.sync_all())
+                    .expect("sync");
             }
         }
     };
-    let options = ExportOptions { dtype: DType::F32, gqa_form: GqaForm::Primitives, runtime: Runtime::Standard };
+    let options = ExportOptions {
+        dtype: DType::F32,
+        gqa_form: GqaForm::Primitives,
+        runtime: Runtime::Standard,
+    };
     let mut group = c.benchmark_group("write");
     group.sample_size(10);
-    group.bench_function("cp", |b| b.iter_batched(clear, |()| cp(false), BatchSize::PerIteration));
-    group.bench_function("cp and sync", |b| b.iter_batched(clear, |()| cp(true), BatchSize::PerIteration));
+    group.bench_function("cp", |b| {
+        b.iter_batched(clear, |()| cp(false), BatchSize::PerIteration);
+    });
+    group.bench_function("cp and sync", |b| {
+        b.iter_batched(clear, |()| cp(true), BatchSize::PerIteration);
+    });
     group.bench_function("onnx", |b| {
         b.iter_batched(
             clear,
@@ -68,7 +95,11 @@ fn write_speed(c: &mut Criterion) {
         );
     });
     group.bench_function("checkpoint", |b| {
-        b.iter_batched(clear, |()| convert_to(&checkpoint, &out), BatchSize::PerIteration);
+        b.iter_batched(
+            clear,
+            |()| convert_to(&checkpoint, &out),
+            BatchSize::PerIteration,
+        );
     });
     group.finish();
 }
@@ -95,13 +126,19 @@ fn main() {
         row("`cp -r`", cp),
         row("`cp -r` and sync", synced),
         row("ONNX export (transposes, writes, no sync)", median("onnx")),
-        row("conversion at full rank (digests, checks, factors, writes, syncs)", median("checkpoint")),
+        row(
+            "conversion at full rank (digests, checks, factors, writes, syncs)",
+            median("checkpoint"),
+        ),
     ];
     results::write_section(
         &results::results_file(),
         "Write speed (random Llama, f32, 8 layers of 1024, vocabulary 32000)",
         "cargo bench -p mlac-bench --bench write_speed",
-        &results::table(&["what", "median s", "speed of cp", "speed of cp and sync"], &rows),
+        &results::table(
+            &["what", "median s", "speed of cp", "speed of cp and sync"],
+            &rows,
+        ),
     )
     .expect("bench/RESULTS.md can be written");
 }

@@ -28,11 +28,25 @@ pub struct RandomLlama {
 
 impl RandomLlama {
     /// The attention of SmolLM2-135M.
-    pub const SMOLLM2: Self =
-        Self { layers: 1, hidden: 576, heads: 9, kv_heads: 3, head_dim: 64, intermediate: 1536, vocab: 512 };
+    pub const SMOLLM2: Self = Self {
+        layers: 1,
+        hidden: 576,
+        heads: 9,
+        kv_heads: 3,
+        head_dim: 64,
+        intermediate: 1536,
+        vocab: 512,
+    };
     /// The attention of GPT-OSS-20B (64 query heads, 8 KV heads of 64).
-    pub const GPT_OSS: Self =
-        Self { layers: 1, hidden: 2880, heads: 64, kv_heads: 8, head_dim: 64, intermediate: 512, vocab: 512 };
+    pub const GPT_OSS: Self = Self {
+        layers: 1,
+        hidden: 2880,
+        heads: 64,
+        kv_heads: 8,
+        head_dim: 64,
+        intermediate: 512,
+        vocab: 512,
+    };
 
     fn config_json(&self) -> serde_json::Value {
         json!({
@@ -48,23 +62,39 @@ impl RandomLlama {
     }
 
     /// Writes the checkpoint to `folder`, which must not exist, and opens it.
-    pub fn write(&self, folder: &Path, seed: u64) -> Result<Checkpoint, Box<dyn std::error::Error>> {
+    pub fn write(
+        &self,
+        folder: &Path,
+        seed: u64,
+    ) -> Result<Checkpoint, Box<dyn std::error::Error>> {
         let raw = self.config_json();
         let config = ModelConfig::from_json(&raw, "config.json")?;
         let tensors = expected_tensors(&config);
-        let infos = tensors.iter().map(|(n, s)| TensorInfo::new(n.as_str(), Dtype::F32, s.clone())).collect();
+        let infos = tensors
+            .iter()
+            .map(|(n, s)| TensorInfo::new(n.as_str(), Dtype::F32, s.clone()))
+            .collect();
         let writer = CheckpointWriter::create(folder, infos, 5 << 30)?;
         let mut random = Random(seed | 1);
         for (name, shape) in &tensors {
             let fan_in = shape.last().copied().unwrap_or(1) as f32;
-            let scale = if shape.len() == 1 { 0.0 } else { fan_in.powf(-0.5) };
+            let scale = if shape.len() == 1 {
+                0.0
+            } else {
+                fan_in.powf(-0.5)
+            };
             let count = shape.iter().product();
             let offset = if shape.len() == 1 { 1.0 } else { 0.0 };
-            let numbers: Vec<f32> = (0..count).map(|_| offset + scale * random.next()).collect();
+            let numbers: Vec<f32> = (0..count)
+                .map(|_| offset + scale * random.number())
+                .collect();
             let bytes = bytes_from_f32(Dtype::F32, &numbers).ok_or("f32 is a float type")?;
             writer.write(name, &bytes)?;
         }
-        writer.write_file("config.json", serde_json::to_string_pretty(&raw)?.as_bytes())?;
+        writer.write_file(
+            "config.json",
+            serde_json::to_string_pretty(&raw)?.as_bytes(),
+        )?;
         writer.finish()?;
         Ok(Checkpoint::open(folder)?)
     }
@@ -75,7 +105,7 @@ pub struct Random(pub u64);
 
 impl Random {
     /// The next number.
-    pub fn next(&mut self) -> f32 {
+    pub fn number(&mut self) -> f32 {
         self.0 ^= self.0 >> 12;
         self.0 ^= self.0 << 25;
         self.0 ^= self.0 >> 27;
@@ -85,6 +115,6 @@ impl Random {
 
     /// `count` numbers.
     pub fn many(&mut self, count: usize) -> Vec<f32> {
-        (0..count).map(|_| self.next()).collect()
+        (0..count).map(|_| self.number()).collect()
     }
 }

@@ -1,6 +1,7 @@
 //! `bench/RESULTS.md`: each bench owns one section between two markers and rewrites it whole, with
 //! the command, the commit and the machine its figures come from.
 
+use std::fmt::Write as _;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
@@ -42,7 +43,12 @@ fn end(name: &str) -> String {
 fn replace_section(old: &str, name: &str, section: &str) -> String {
     match (old.find(&begin(name)), old.find(&end(name))) {
         (Some(from), Some(to)) if from < to => {
-            format!("{}{}{}", &old[..from], section, &old[to + end(name).len()..])
+            format!(
+                "{}{}{}",
+                &old[..from],
+                section,
+                &old[to + end(name).len()..]
+            )
         }
         _ => format!("{}\n\n{section}\n", old.trim_end()),
     }
@@ -62,7 +68,15 @@ pub fn commit() -> String {
     let Some(head) = git(&["rev-parse", "--short=10", "HEAD"]) else {
         return "unknown (no git)".to_owned();
     };
-    let changed = git(&["status", "--porcelain", "--", ".", ":!RESULTS.md", ":!*.svg"]).is_none_or(|s| !s.is_empty());
+    let changed = git(&[
+        "status",
+        "--porcelain",
+        "--",
+        ".",
+        ":!RESULTS.md",
+        ":!*.svg",
+    ])
+    .is_none_or(|s| !s.is_empty());
     if changed { format!("{head}+") } else { head }
 }
 
@@ -76,11 +90,19 @@ pub fn machine() -> String {
                 .map(|(_, v)| v.trim().to_owned())
         })
     };
-    let cpu = field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown processor".to_owned());
+    let cpu =
+        field("/proc/cpuinfo", "model name").unwrap_or_else(|| "unknown processor".to_owned());
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     let memory = field("/proc/meminfo", "MemTotal")
-        .and_then(|v| v.split_whitespace().next().and_then(|n| n.parse::<f64>().ok()))
-        .map_or_else(|| "unknown memory".to_owned(), |kib| format!("{:.0} GiB", kib / 1024.0 / 1024.0));
+        .and_then(|v| {
+            v.split_whitespace()
+                .next()
+                .and_then(|n| n.parse::<f64>().ok())
+        })
+        .map_or_else(
+            || "unknown memory".to_owned(),
+            |kib| format!("{:.0} GiB", kib / 1024.0 / 1024.0),
+        );
     format!("{cpu}, {cores} cores, {memory}, no GPU")
 }
 
@@ -88,7 +110,7 @@ pub fn machine() -> String {
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let mut out = format!("| {} |\n|{}\n", head.join(" | "), "---|".repeat(head.len()));
     for row in rows {
-        out.push_str(&format!("| {} |\n", row.join(" | ")));
+        let _ = writeln!(out, "| {} |", row.join(" | "));
     }
     out
 }
@@ -108,6 +130,9 @@ mod tests {
         let text = fs::read_to_string(&file).unwrap();
         fs::remove_dir_all(&dir).unwrap();
         assert!(!text.contains("first") && text.contains("second") && text.contains("third"));
-        assert!(text.find("third") < text.find("second"), "the section stays where it was");
+        assert!(
+            text.find("third") < text.find("second"),
+            "the section stays where it was"
+        );
     }
 }

@@ -43,11 +43,17 @@ pub enum Error {
 impl Error {
     /// A JSON error with what was written or read.
     pub fn json(subject: impl Into<String>, source: serde_json::Error) -> Self {
-        Self::Json { subject: subject.into(), source }
+        Self::Json {
+            subject: subject.into(),
+            source,
+        }
     }
 
     /// An I/O error with the path it happened at.
     pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io { path: path.into(), source }
+        Self::Io {
+            path: path.into(),
+            source,
+        }
     }
 }

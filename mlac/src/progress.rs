@@ -19,7 +19,11 @@ pub enum Progress {
 impl Progress {
     /// Bars when standard error is a terminal, else lines.
     pub fn detect() -> Self {
-        if std::io::stderr().is_terminal() { Self::Bars } else { Self::Lines }
+        if std::io::stderr().is_terminal() {
+            Self::Bars
+        } else {
+            Self::Lines
+        }
     }
 
     /// Starts a stage of `total` steps.
@@ -27,9 +31,11 @@ impl Progress {
         let bar = match self {
             Self::Bars => ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr())
                 .with_style(
-                    ProgressStyle::with_template("{prefix:<28} [{bar:30}] {pos}/{len} {elapsed} {wide_msg}")
-                        .unwrap_or_else(|_| ProgressStyle::default_bar())
-                        .progress_chars("=> "),
+                    ProgressStyle::with_template(
+                        "{prefix:<28} [{bar:30}] {pos}/{len} {elapsed} {wide_msg}",
+                    )
+                    .unwrap_or_else(|_| ProgressStyle::default_bar())
+                    .progress_chars("=> "),
                 ),
             Self::Lines | Self::Silent => ProgressBar::hidden(),
         };
@@ -37,7 +43,12 @@ impl Progress {
         if self == Self::Lines {
             say(&format!("{title} ..."));
         }
-        Stage { mode: self, title: title.to_owned(), bar, started: Instant::now() }
+        Stage {
+            mode: self,
+            title: title.to_owned(),
+            bar,
+            started: Instant::now(),
+        }
     }
 }
 
@@ -88,7 +99,10 @@ impl Drop for Stage {
     }
 }
 
-#[expect(clippy::print_stderr, reason = "progress is what standard error is for")]
+#[expect(
+    clippy::print_stderr,
+    reason = "progress is what standard error is for"
+)]
 fn say(line: &str) {
     eprintln!("{line}");
 }

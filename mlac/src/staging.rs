@@ -27,7 +27,11 @@ impl Staging {
             fs::remove_dir_all(&partial).map_err(|e| Error::io(&partial, e))?;
         }
         fs::create_dir_all(&partial).map_err(|e| Error::io(&partial, e))?;
-        Ok(Self { partial, target: target.to_path_buf(), done: false })
+        Ok(Self {
+            partial,
+            target: target.to_path_buf(),
+            done: false,
+        })
     }
 
     /// The folder to write into.
@@ -105,7 +109,10 @@ mod tests {
         fs::write(staging.path().join("a"), b"1").unwrap();
         staging.finish().unwrap();
         assert_eq!(fs::read(out.join("a")).unwrap(), b"1");
-        assert!(Staging::create(&out).is_err(), "an existing folder must be refused");
+        assert!(
+            Staging::create(&out).is_err(),
+            "an existing folder must be refused"
+        );
     }
 
     #[test]

@@ -80,7 +80,9 @@ impl Windows {
 
     /// The first `limit` windows, as evaluation uses them.
     pub fn first(&self, limit: Option<usize>) -> Vec<&[u32]> {
-        (0..self.count().min(limit.unwrap_or(usize::MAX))).map(|i| self.get(i)).collect()
+        (0..self.count().min(limit.unwrap_or(usize::MAX)))
+            .map(|i| self.get(i))
+            .collect()
     }
 
     /// Indices of `wanted` windows spread evenly over the text, as calibration uses them; refuses too short a text.

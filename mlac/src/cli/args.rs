@@ -31,7 +31,9 @@ pub enum Command {
     #[command(after_help = "Example:\n  mlac plan SmolLM2.gguf --budget 0.5")]
     Plan(PlanArgs),
     /// Convert a GQA checkpoint to an MLA checkpoint.
-    #[command(after_help = "Examples:\n  mlac convert model/ -o mla/ --budget 0.5 --calib text.txt\n  mlac convert model/ -o mla/ --kv-lora-rank max")]
+    #[command(
+        after_help = "Examples:\n  mlac convert model/ -o mla/ --budget 0.5 --calib text.txt\n  mlac convert model/ -o mla/ --kv-lora-rank max"
+    )]
     Convert(ConvertArgs),
     /// Write a checkpoint (GQA or MLA) as ONNX.
     #[command(after_help = "Example:\n  mlac export mla/ -o onnx/")]
@@ -52,7 +54,9 @@ pub enum Command {
     #[command(after_help = "Example:\n  mlac bench onnx-gqa/ onnx-mla/ --contexts 1K,4K")]
     Bench(BenchArgs),
     /// The whole way: convert, export, build, verify, evaluate, benchmark, report.
-    #[command(after_help = "Example:\n  mlac compile model/ -o out/ --budget 0.5 --calib text.txt --eval test.txt --target sm89,sm120")]
+    #[command(
+        after_help = "Example:\n  mlac compile model/ -o out/ --budget 0.5 --calib text.txt --eval test.txt --target sm89,sm120"
+    )]
     Compile(CompileArgs),
 }
 
@@ -318,6 +322,9 @@ pub struct CompileArgs {
     #[arg(long, value_delimiter = ',', value_parser = units::tokens, default_value = "1K,4K")]
     pub contexts: Vec<usize>,
     /// Prompt continued by the converted engine.
-    #[arg(long, default_value = "The three most important things about a compiler are")]
+    #[arg(
+        long,
+        default_value = "The three most important things about a compiler are"
+    )]
     pub prompt: String,
 }

@@ -12,8 +12,8 @@ use mlac_model::{Checkpoint, Dtype, Refusal};
 use serde::Serialize;
 
 use super::args::{
-    BenchArgs, BuildArgs, CalibArgs, Cli, Command, CompileArgs, ConvertArgs, DtypeArg, EvalArgs, ExportArgs,
-    GenerateArgs, GqaFormArg, MethodArg, PlanArgs, ProfileArgs, RankArgs, VerifyArgs,
+    BenchArgs, BuildArgs, CalibArgs, Cli, Command, CompileArgs, ConvertArgs, DtypeArg, EvalArgs,
+    ExportArgs, GenerateArgs, GqaFormArg, MethodArg, PlanArgs, ProfileArgs, RankArgs, VerifyArgs,
 };
 use super::units::{show_bytes, show_tokens, table};
 use crate::error::Error;
@@ -35,13 +35,23 @@ pub struct Context {
 
 /// Runs a command; `false` when a check said no.
 pub fn run(cli: Cli) -> Result<bool, Error> {
-    let threads = cli.threads.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+    let threads = cli
+        .threads
+        .unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
     if threads == 0 {
-        return Err(Refusal::new("--threads", "at least 1", "0", "leave it out for all cores").into());
+        return Err(
+            Refusal::new("--threads", "at least 1", "0", "leave it out for all cores").into(),
+        );
     }
     // A pool that exists already (tests) keeps its size.
-    let _ = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
-    let context = Context { json: cli.json, threads, progress: Progress::detect() };
+    let _ = rayon::ThreadPoolBuilder::new()
+        .num_threads(threads)
+        .build_global();
+    let context = Context {
+        json: cli.json,
+        threads,
+        progress: Progress::detect(),
+    };
     match cli.command {
         Command::Doctor => doctor(context),
         Command::Plan(args) => plan(&args, context),
@@ -58,7 +68,10 @@ pub fn run(cli: Cli) -> Result<bool, Error> {
 
 impl Context {
     /// Prints the result: JSON when asked, else text.
-    #[expect(clippy::print_stdout, reason = "the result of a command goes to standard output")]
+    #[expect(
+        clippy::print_stdout,
+        reason = "the result of a command goes to standard output"
+    )]
     fn show(self, value: &impl Serialize, text: &str) -> Result<(), Error> {
         if self.json {
             print!("{}", pretty(value)?);
@@ -74,7 +87,11 @@ fn doctor(context: Context) -> Result<bool, Error> {
     let mut text = String::new();
     for part in &parts {
         let _ = writeln!(text, "{}", part.component);
-        let _ = writeln!(text, "  found:  {}", part.found.as_deref().unwrap_or("nothing"));
+        let _ = writeln!(
+            text,
+            "  found:  {}",
+            part.found.as_deref().unwrap_or("nothing")
+        );
         let _ = writeln!(text, "  needed: {}", part.needed);
         if let Some(fix) = &part.fix {
             let _ = writeln!(text, "  fix:    {fix}");
@@ -118,7 +135,11 @@ fn plan(args: &PlanArgs, context: Context) -> Result<bool, Error> {
     let (layers, note) = request(&args.ranks, &checkpoint)?.plan(config)?;
     let cache = cache_plan(config, &layers, args.cache_bytes);
     let numbers = cache_plan(config, &layers, 1).bytes_per_token();
-    let weights: u64 = checkpoint.tensors().iter().map(|t| t.element_count().unwrap_or(0) as u64 * args.cache_bytes).sum();
+    let weights: u64 = checkpoint
+        .tensors()
+        .iter()
+        .map(|t| t.element_count().unwrap_or(0) as u64 * args.cache_bytes)
+        .sum();
     let rows: Vec<PlanRow> = args
         .contexts
         .iter()
@@ -164,8 +185,21 @@ fn plan(args: &PlanArgs, context: Context) -> Result<bool, Error> {
             ]
         })
         .collect();
-    text.push_str(&table(&["context", "GQA cache", "MLA cache", "share", "decode speed-up, if memory-bound"], &cells));
-    let _ = writeln!(text, "({} bytes a cached number, batch 1; weights and cache read once a step)", args.cache_bytes);
+    text.push_str(&table(
+        &[
+            "context",
+            "GQA cache",
+            "MLA cache",
+            "share",
+            "decode speed-up, if memory-bound",
+        ],
+        &cells,
+    ));
+    let _ = writeln!(
+        text,
+        "({} bytes a cached number, batch 1; weights and cache read once a step)",
+        args.cache_bytes
+    );
     let output = PlanOutput {
         model: args.model.display().to_string(),
         layers: layers.iter().map(|l| (l.layer, l.ranks)).collect(),
@@ -191,9 +225,12 @@ fn method(args: &CalibArgs) -> Result<(Method, bool), Error> {
     }
     Ok(match args.method {
         MethodArg::Recipe => (Method::Recipe(steps.recipe), steps.sequential),
-        MethodArg::Transmla => {
-            (Method::TransMla(mlac_converter::TransMla { freqfold: args.freqfold }), false)
-        }
+        MethodArg::Transmla => (
+            Method::TransMla(mlac_converter::TransMla {
+                freqfold: args.freqfold,
+            }),
+            false,
+        ),
         MethodArg::Svd => (Method::Svd, false),
     })
 }
@@ -207,7 +244,9 @@ fn calibration(args: &CalibArgs, budget: Budget) -> Result<Calibration, Error> {
             window: args.calib_window,
             query_rows: args.query_rows,
         }),
-        None if budget == Budget::Exact || args.method == MethodArg::Svd => Ok(Calibration::Weights),
+        None if budget == Budget::Exact || args.method == MethodArg::Svd => {
+            Ok(Calibration::Weights)
+        }
         None => Err(Refusal::new(
             "--calib",
             "a calibration text, or none for statistics from the weights alone",
@@ -254,8 +293,15 @@ fn convert_request<'a>(
 fn run_convert(args: &ConvertArgs, context: Context) -> Result<bool, Error> {
     crate::staging::refuse_existing(&args.output)?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    let request =
-        convert_request(&checkpoint, &args.output, &args.ranks, &args.calib, args.dtype, args.max_shard, context)?;
+    let request = convert_request(
+        &checkpoint,
+        &args.output,
+        &args.ranks,
+        &args.calib,
+        args.dtype,
+        args.max_shard,
+        context,
+    )?;
     let record = convert(&request, context.progress)?;
     context.show(&record, &convert_text(&record, &args.output))?;
     Ok(true)
@@ -278,8 +324,17 @@ fn convert_text(record: &Record, output: &Path) -> String {
             ]
         })
         .collect();
-    let mut text =
-        table(&["layer", "r + d_r", "balance", "output error", "after refit", "stream error"], &rows);
+    let mut text = table(
+        &[
+            "layer",
+            "r + d_r",
+            "balance",
+            "output error",
+            "after refit",
+            "stream error",
+        ],
+        &rows,
+    );
     for layer in &record.layers {
         for note in &layer.notes {
             let _ = writeln!(text, "layer {}: {note}", layer.layer);
@@ -314,13 +369,30 @@ fn run_export(args: &ExportArgs, context: Context) -> Result<bool, Error> {
         GqaFormArg::Primitives => GqaForm::Primitives,
         GqaFormArg::Operator => GqaForm::GroupQueryAttention,
     };
-    let runtime = if args.tensorrt { Runtime::TensorRt } else { Runtime::Standard };
+    let runtime = if args.tensorrt {
+        Runtime::TensorRt
+    } else {
+        Runtime::Standard
+    };
     let checkpoint = Checkpoint::open(&args.model)?;
-    let exported =
-        export(&checkpoint, &args.output, ExportOptions { dtype, gqa_form, runtime }, context.progress)?;
+    let exported = export(
+        &checkpoint,
+        &args.output,
+        ExportOptions {
+            dtype,
+            gqa_form,
+            runtime,
+        },
+        context.progress,
+    )?;
     let mut text = String::new();
     for (name, bytes) in &exported.files {
-        let _ = writeln!(text, "{}  {}", args.output.join(name).display(), show_bytes(*bytes));
+        let _ = writeln!(
+            text,
+            "{}  {}",
+            args.output.join(name).display(),
+            show_bytes(*bytes)
+        );
     }
     context.show(&exported, &text)?;
     Ok(true)
@@ -335,7 +407,10 @@ fn profiles(args: &ProfileArgs) -> Profiles {
 }
 
 fn targets(args: &ProfileArgs) -> Result<Vec<Target>, Error> {
-    args.target.iter().map(|t| Ok(t.parse::<Target>()?)).collect()
+    args.target
+        .iter()
+        .map(|t| Ok(t.parse::<Target>()?))
+        .collect()
 }
 
 fn run_build(args: &BuildArgs, context: Context) -> Result<bool, Error> {
@@ -344,7 +419,13 @@ fn run_build(args: &BuildArgs, context: Context) -> Result<bool, Error> {
     }
     let targets = targets(&args.profile)?;
     if targets.is_empty() {
-        return Err(Refusal::new("--target", "at least one GPU architecture", "none", "give for example --target sm89,sm120").into());
+        return Err(Refusal::new(
+            "--target",
+            "at least one GPU architecture",
+            "none",
+            "give for example --target sm89,sm120",
+        )
+        .into());
     }
     let report = build::build(
         &args.onnx,
@@ -382,7 +463,12 @@ fn check_engines(args: &BuildArgs, context: Context) -> Result<bool, Error> {
         let _ = writeln!(text, "stale: {file}");
     }
     if stale.is_empty() {
-        let _ = writeln!(text, "{} was built from {}", args.output.display(), args.onnx.display());
+        let _ = writeln!(
+            text,
+            "{} was built from {}",
+            args.output.display(),
+            args.onnx.display()
+        );
     }
     context.show(&stale, &text)?;
     Ok(stale.is_empty())
@@ -411,13 +497,28 @@ fn run_verify(args: &VerifyArgs, context: Context) -> Result<bool, Error> {
     let f = &result.figures;
     let mut text = format!(
         "{} tokens, logits of scale {:.3}\nmax abs   {:.3e}\nmax rel   {:.3e}\ncosine    {:.9}\nmean KL   {:.3e}\nmax KL    {:.3e}\ntop-1     {:.2} %\n",
-        f.tokens, f.scale, f.max_abs, f.max_rel, f.cosine, f.mean_kl, f.max_kl, f.top1 * 100.0
+        f.tokens,
+        f.scale,
+        f.max_abs,
+        f.max_rel,
+        f.cosine,
+        f.mean_kl,
+        f.max_kl,
+        f.top1 * 100.0
     );
     if let Some(w) = &f.worst {
-        let _ = writeln!(text, "worst     token {}, id {}: {} and {}", w.token, w.vocab, w.a, w.b);
+        let _ = writeln!(
+            text,
+            "worst     token {}, id {}: {} and {}",
+            w.token, w.vocab, w.a, w.b
+        );
     }
     for failure in &result.failures {
-        let _ = writeln!(text, "FAILED    {}: limit {}, found {}", failure.gate, failure.limit, failure.found);
+        let _ = writeln!(
+            text,
+            "FAILED    {}: limit {}, found {}",
+            failure.gate, failure.limit, failure.found
+        );
     }
     if result.failures.is_empty() {
         text.push_str("within tolerance\n");
@@ -428,8 +529,14 @@ fn run_verify(args: &VerifyArgs, context: Context) -> Result<bool, Error> {
 
 fn run_eval(args: &EvalArgs, context: Context) -> Result<bool, Error> {
     let mut subject = Subject::open(&args.model, context.threads)?;
-    let result =
-        evaluate::evaluate(&mut subject, &args.text, args.window, args.windows, context.threads, context.progress)?;
+    let result = evaluate::evaluate(
+        &mut subject,
+        &args.text,
+        args.window,
+        args.windows,
+        context.threads,
+        context.progress,
+    )?;
     let text = format!(
         "perplexity {:.4} over {} windows of {} tokens ({:.1} s)",
         result.perplexity,
@@ -446,15 +553,27 @@ fn run_generate(args: &GenerateArgs, context: Context) -> Result<bool, Error> {
     let result = generate::generate(&mut subject, &args.prompt, args.max_tokens)?;
     let text = format!(
         "{}{}\n\n({} tokens, {:.1} tokens a second, {} bytes of cache a token)",
-        result.prompt, result.text, result.tokens, result.tokens_per_second, result.cache_bytes_per_token
+        result.prompt,
+        result.text,
+        result.tokens,
+        result.tokens_per_second,
+        result.cache_bytes_per_token
     );
     context.show(&result, &text)?;
     Ok(true)
 }
 
 fn run_bench(args: &BenchArgs, context: Context) -> Result<bool, Error> {
-    let folders: Vec<&Path> = std::iter::once(args.a.as_path()).chain(args.b.as_deref()).collect();
-    let results = bench::bench(&folders, &args.contexts, args.repeats, context.threads, context.progress)?;
+    let folders: Vec<&Path> = std::iter::once(args.a.as_path())
+        .chain(args.b.as_deref())
+        .collect();
+    let results = bench::bench(
+        &folders,
+        &args.contexts,
+        args.repeats,
+        context.threads,
+        context.progress,
+    )?;
     let mut head = vec!["context", "A ms", "A cache"];
     if args.b.is_some() {
         head.extend(["B ms", "B cache", "A / B"]);

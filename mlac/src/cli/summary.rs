@@ -64,13 +64,34 @@ pub fn text(report: &Report, output: &Path) -> String {
         );
     }
     for e in &report.engines {
-        let _ = writeln!(out, "engine      {} for {} ({}), {}; {}", e.file, e.target, show_bytes(e.bytes), e.attention, e.ran);
+        let _ = writeln!(
+            out,
+            "engine      {} for {} ({}), {}; {}",
+            e.file,
+            e.target,
+            show_bytes(e.bytes),
+            e.attention,
+            e.ran
+        );
     }
-    let _ = writeln!(out, "says        {}{}", report.prompt, report.generated.replace('\n', " "));
+    let _ = writeln!(
+        out,
+        "says        {}{}",
+        report.prompt,
+        report.generated.replace('\n', " ")
+    );
     let total: f64 = report.times.iter().map(|t| t.seconds).sum();
-    let stages: Vec<String> = report.times.iter().map(|t| format!("{} {:.0} s", t.stage, t.seconds)).collect();
+    let stages: Vec<String> = report
+        .times
+        .iter()
+        .map(|t| format!("{} {:.0} s", t.stage, t.seconds))
+        .collect();
     let _ = writeln!(out, "time        {total:.0} s: {}", stages.join(", "));
-    let _ = writeln!(out, "memory      {} at most", show_bytes(report.peak_memory));
+    let _ = writeln!(
+        out,
+        "memory      {} at most",
+        show_bytes(report.peak_memory)
+    );
     let _ = writeln!(out, "report      {}", output.join("report.html").display());
     out
 }

@@ -14,13 +14,20 @@ pub fn tokens(text: &str) -> Result<usize, String> {
         .map_err(|_| format!("expected a number of tokens such as 2048 or 4K, found {text:?}"))?;
     match value.checked_mul(factor) {
         Some(v) if v > 0 => Ok(v),
-        _ => Err(format!("expected a positive number of tokens, found {text:?}")),
+        _ => Err(format!(
+            "expected a positive number of tokens, found {text:?}"
+        )),
     }
 }
 
 /// Parses a byte size: `512MiB`, `5GiB`, `1000000`.
 pub fn bytes(text: &str) -> Result<u64, String> {
-    let units = [("KiB", 1_u64 << 10), ("MiB", 1 << 20), ("GiB", 1 << 30), ("B", 1)];
+    let units = [
+        ("KiB", 1_u64 << 10),
+        ("MiB", 1 << 20),
+        ("GiB", 1 << 30),
+        ("B", 1),
+    ];
     let (digits, factor) = units
         .iter()
         .find_map(|(u, f)| text.strip_suffix(u).map(|d| (d.trim(), *f)))
@@ -40,9 +47,9 @@ pub fn fraction(text: &str) -> Result<f64, String> {
         Some(d) => (d.trim(), 100.0),
         None => (text, 1.0),
     };
-    let value: f64 = digits
-        .parse()
-        .map_err(|_| format!("expected a share of the GQA cache such as 0.5 or 50%, found {text:?}"))?;
+    let value: f64 = digits.parse().map_err(|_| {
+        format!("expected a share of the GQA cache such as 0.5 or 50%, found {text:?}")
+    })?;
     Ok(value / divisor)
 }
 
@@ -57,7 +64,11 @@ pub fn show_bytes(bytes: u64) -> String {
         value /= 1024.0;
         unit = next;
     }
-    if unit == "B" { format!("{bytes} B") } else { format!("{value:.1} {unit}") }
+    if unit == "B" {
+        format!("{bytes} B")
+    } else {
+        format!("{value:.1} {unit}")
+    }
 }
 
 /// A token count for people: `4K`.
@@ -72,7 +83,13 @@ pub fn show_tokens(tokens: usize) -> String {
 /// A table with aligned columns, the first to the left, the others to the right.
 pub fn table(head: &[&str], rows: &[Vec<String>]) -> String {
     let widths: Vec<usize> = (0..head.len())
-        .map(|c| rows.iter().map(|r| r[c].chars().count()).chain([head[c].chars().count()]).max().unwrap_or(0))
+        .map(|c| {
+            rows.iter()
+                .map(|r| r[c].chars().count())
+                .chain([head[c].chars().count()])
+                .max()
+                .unwrap_or(0)
+        })
         .collect();
     let mut out = String::new();
     let mut line = |cells: &[String]| {

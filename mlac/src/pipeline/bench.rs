@@ -32,8 +32,10 @@ pub fn bench(
     progress: Progress,
 ) -> Result<Vec<StepTimes>, Error> {
     let options = SessionOptions::default().with_threads(threads);
-    let mut decoders =
-        folders.iter().map(|f| Decoder::open(f, &options)).collect::<Result<Vec<_>, _>>()?;
+    let mut decoders = folders
+        .iter()
+        .map(|f| Decoder::open(f, &options))
+        .collect::<Result<Vec<_>, _>>()?;
     let stage = progress.stage("timing decode steps", (contexts.len() * repeats) as u64);
     let mut results = Vec::new();
     for &context in contexts {

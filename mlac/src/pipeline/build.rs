@@ -3,7 +3,8 @@
 use std::path::Path;
 
 use mlac_engines::tensorrt::{
-    Attention, BuildOptions, BuildProgress, BuildReport, Manifest, Profiles, Stale, Target, build_engines,
+    Attention, BuildOptions, BuildProgress, BuildReport, Manifest, Profiles, Stale, Target,
+    build_engines,
 };
 
 use crate::error::Error;
@@ -18,12 +19,21 @@ pub fn build(
     threads: usize,
     progress: Progress,
 ) -> Result<BuildReport, Error> {
-    let options = BuildOptions { targets: targets.to_vec(), profiles, threads };
+    let options = BuildOptions {
+        targets: targets.to_vec(),
+        profiles,
+        threads,
+    };
     let stage = progress.stage("building engines", 0);
     let report = build_engines(onnx, output, &options, &mut |at| match at {
         BuildProgress::Digesting => stage.doing("digests"),
         BuildProgress::Parsing(file) => stage.doing(format!("parsing {file}")),
-        BuildProgress::Building { graph, target, index, count } => {
+        BuildProgress::Building {
+            graph,
+            target,
+            index,
+            count,
+        } => {
             stage.of(*count as u64);
             stage.at(*index as u64);
             stage.doing(format!("{graph} for {target}"));

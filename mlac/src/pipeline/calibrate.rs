@@ -5,8 +5,8 @@
 //! output projection is fitted to what the original model put out.
 
 use mlac_converter::{
-    Attention, AttentionShape, LayerFactors, LayerReport, LayerStatistics, LayerWeights, Matrix, MlaTensors,
-    OutputRefit, Projection, Rotary, StatisticsOptions, WindowActivations, compose,
+    Attention, AttentionShape, LayerFactors, LayerReport, LayerStatistics, LayerWeights, Matrix,
+    MlaTensors, OutputRefit, Projection, Rotary, StatisticsOptions, WindowActivations, compose,
     convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
 };
 use mlac_engines::ort::{SessionOptions, Value};
@@ -32,7 +32,10 @@ pub struct ConvertedLayer {
 pub fn layer_weights(checkpoint: &Checkpoint, layer: usize) -> Result<LayerWeights, Error> {
     let config = checkpoint.config();
     let (hidden, d) = (config.hidden_size, config.head_dim);
-    let (queries, keys) = (config.num_attention_heads * d, config.num_key_value_heads * d);
+    let (queries, keys) = (
+        config.num_attention_heads * d,
+        config.num_key_value_heads * d,
+    );
     let prefix = format!("model.layers.{layer}");
     let vector = |name: &str, size: usize| checkpoint.f32(&format!("{prefix}.{name}"), &[size]);
     let projection = |name: &str, out: usize, inner: usize, bias: bool| -> Result<_, Error> {
@@ -116,7 +119,8 @@ impl<'a> Walk<'a> {
     /// Passes a layer that is not converted.
     pub fn pass(&mut self, layer: usize) -> Result<(), Error> {
         let config = self.checkpoint.config();
-        self.original.advance(config, self.checkpoint, layer, &self.options)?;
+        self.original
+            .advance(config, self.checkpoint, layer, &self.options)?;
         if let Some(stream) = &mut self.stream {
             stream.advance(config, self.checkpoint, layer, &self.options)?;
         }
@@ -131,14 +135,22 @@ impl<'a> Walk<'a> {
             Some(stream) => stream,
             None => targets.input.clone(),
         };
-        let source = if self.sequential { &stream } else { &targets.input };
+        let source = if self.sequential {
+            &stream
+        } else {
+            &targets.input
+        };
         let statistics = self.gather(&weights, source)?;
         let (mut factors, mut report) = run_method(&weights, &statistics, plan, method)?;
         drop(statistics);
 
         let mut tensors = compose(&weights, &factors)?;
         if !self.sequential && method.refit().is_none() {
-            return Ok(ConvertedLayer { tensors, report, stream_error: None });
+            return Ok(ConvertedLayer {
+                tensors,
+                report,
+                stream_error: None,
+            });
         }
         let heads = self.run_converted(plan.layer, &in_memory(plan.layer, &tensors)?, &stream)?;
         if let Some(options) = method.refit() {
@@ -153,10 +165,19 @@ impl<'a> Walk<'a> {
             factors.o_bias = refitted.bias;
             tensors = compose(&weights, &factors)?;
         }
-        let stream = self.finish_layer(plan.layer, &in_memory(plan.layer, &tensors)?, stream, &heads)?;
+        let stream = self.finish_layer(
+            plan.layer,
+            &in_memory(plan.layer, &tensors)?,
+            stream,
+            &heads,
+        )?;
         let stream_error = Some(stream.relative_distance(&self.original)?);
         self.stream = Some(stream);
-        Ok(ConvertedLayer { tensors, report, stream_error })
+        Ok(ConvertedLayer {
+            tensors,
+            report,
+            stream_error,
+        })
     }
 
     /// Runs the original layer on the original stream; keeps its input and attention outputs.
@@ -176,14 +197,22 @@ impl<'a> Walk<'a> {
     }
 
     /// Queries, keys and values of the original weights on `source`, summed up.
-    fn gather(&self, weights: &LayerWeights, source: &HiddenStates) -> Result<LayerStatistics, Error> {
+    fn gather(
+        &self,
+        weights: &LayerWeights,
+        source: &HiddenStates,
+    ) -> Result<LayerStatistics, Error> {
         let layer = weights.layer;
         let wanted = taps(&[Tap::Query, Tap::Key, Tap::Value]);
         let graph = layer_graph(self.checkpoint.config(), layer, &wanted)?;
         let subject = format!("projections of layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, self.checkpoint, &self.options)?;
-        let mut statistics =
-            LayerStatistics::new(layer, &weights.attention, &weights.o.weight, self.statistics)?;
+        let mut statistics = LayerStatistics::new(
+            layer,
+            &weights.attention,
+            &weights.o.weight,
+            self.statistics,
+        )?;
         for i in 0..source.windows.len() {
             let out = runner.run(&source.inputs(i))?;
             statistics.accumulate(&WindowActivations {
@@ -225,8 +254,8 @@ impl<'a> Walk<'a> {
         let subject = format!("rest of converted layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, &source, &self.options)?;
         for (i, heads) in heads.iter().enumerate() {
-            let mut out = runner.run(&[("hidden", &stream.windows[i]), ("attn_heads", heads)])?;
-            stream.windows[i] = out.remove(0);
+            let inputs = [("hidden", &stream.windows[i]), ("attn_heads", heads)];
+            stream.windows[i] = runner.run_for(Tap::HiddenOut.name(), &inputs)?;
         }
         Ok(stream)
     }
@@ -248,7 +277,11 @@ pub fn convert_from_weights(
     let statistics = prior_statistics(&weights, mlac_converter::DistancePrior::default())?;
     let (factors, report) = run_method(&weights, &statistics, plan, method)?;
     let tensors = compose(&weights, &factors)?;
-    Ok(ConvertedLayer { tensors, report, stream_error: None })
+    Ok(ConvertedLayer {
+        tensors,
+        report,
+        stream_error: None,
+    })
 }
 
 fn run_method(
@@ -259,7 +292,9 @@ fn run_method(
 ) -> Result<(LayerFactors, LayerReport), Error> {
     Ok(match method {
         Method::Recipe(recipe) => convert_layer(weights, statistics, plan.ranks, recipe)?,
-        Method::TransMla(options) => convert_layer_transmla(weights, statistics, plan.ranks, *options)?,
+        Method::TransMla(options) => {
+            convert_layer_transmla(weights, statistics, plan.ranks, *options)?
+        }
         Method::Svd => convert_layer_svd(weights, plan.ranks)?,
     })
 }

@@ -66,7 +66,10 @@ struct Clock {
 impl Clock {
     fn lap(&mut self, stage: &str) {
         let seconds = self.last.elapsed().as_secs_f64();
-        self.times.push(StageTime { stage: stage.to_owned(), seconds });
+        self.times.push(StageTime {
+            stage: stage.to_owned(),
+            seconds,
+        });
         self.last = Instant::now();
     }
 }
@@ -74,7 +77,10 @@ impl Clock {
 /// Converts, exports, builds, verifies, evaluates, times, generates and reports.
 pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Report, Error> {
     let threads = request.convert.threads;
-    let mut clock = Clock { times: Vec::new(), last: Instant::now() };
+    let mut clock = Clock {
+        times: Vec::new(),
+        last: Instant::now(),
+    };
     let at = |name: &str| request.staging.join(name);
 
     // Checkpoint -> statistics -> MLA checkpoint.
@@ -83,9 +89,18 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
     clock.lap("calibrate and convert");
 
     // MLA checkpoint -> ONNX; the source too, as the baseline of timing.
-    let standard = ExportOptions { dtype: DType::F32, gqa_form: GqaForm::Primitives, runtime: Runtime::Standard };
+    let standard = ExportOptions {
+        dtype: DType::F32,
+        gqa_form: GqaForm::Primitives,
+        runtime: Runtime::Standard,
+    };
     export(&converted, &at("onnx"), standard, progress)?;
-    export(request.convert.checkpoint, &at("onnx-gqa"), standard, progress)?;
+    export(
+        request.convert.checkpoint,
+        &at("onnx-gqa"),
+        standard,
+        progress,
+    )?;
     clock.lap("export ONNX");
 
     // ONNX -> engines.
@@ -168,7 +183,11 @@ fn shape_line(request: &CompileRequest<'_>) -> String {
 }
 
 fn cache_points(request: &CompileRequest<'_>) -> Vec<CachePoint> {
-    let plan = cache_plan(request.convert.checkpoint.config(), &request.convert.layers, 2);
+    let plan = cache_plan(
+        request.convert.checkpoint.config(),
+        &request.convert.layers,
+        2,
+    );
     CACHE_CONTEXTS
         .iter()
         .map(|&context| CachePoint {
@@ -187,12 +206,22 @@ fn build_engines(
     if request.targets.is_empty() {
         return Ok(Vec::new());
     }
-    let options = ExportOptions { dtype: DType::F16, gqa_form: GqaForm::Primitives, runtime: Runtime::TensorRt };
+    let options = ExportOptions {
+        dtype: DType::F16,
+        gqa_form: GqaForm::Primitives,
+        runtime: Runtime::TensorRt,
+    };
     let onnx = request.staging.join("onnx-tensorrt");
     export(converted, &onnx, options, progress)?;
     let folder = request.staging.join("engines");
-    let report =
-        build::build(&onnx, &folder, &request.targets, request.profiles, request.convert.threads, progress)?;
+    let report = build::build(
+        &onnx,
+        &folder,
+        &request.targets,
+        request.profiles,
+        request.convert.threads,
+        progress,
+    )?;
     Ok(report.engines.iter().map(engine_row).collect())
 }
 
@@ -213,9 +242,27 @@ fn verify_all(request: &CompileRequest<'_>, progress: Progress) -> Result<Vec<Pa
     let shown = |name: &str| request.output.join(name).display().to_string();
     let source = request.source.display().to_string();
     let pairs = [
-        ("source: layers against ONNX", request.source.to_path_buf(), source.clone(), "onnx-gqa", true),
-        ("converted: layers against ONNX, prefill and decode", staged("checkpoint"), shown("checkpoint"), "onnx", true),
-        ("source against converted", request.source.to_path_buf(), source, "onnx", false),
+        (
+            "source: layers against ONNX",
+            request.source.to_path_buf(),
+            source.clone(),
+            "onnx-gqa",
+            true,
+        ),
+        (
+            "converted: layers against ONNX, prefill and decode",
+            staged("checkpoint"),
+            shown("checkpoint"),
+            "onnx",
+            true,
+        ),
+        (
+            "source against converted",
+            request.source.to_path_buf(),
+            source,
+            "onnx",
+            false,
+        ),
     ];
     let mut rows = Vec::new();
     for (what, a, a_shown, b, exact) in pairs {
@@ -241,7 +288,10 @@ fn verify_all(request: &CompileRequest<'_>, progress: Progress) -> Result<Vec<Pa
     Ok(rows)
 }
 
-fn measure_quality(request: &CompileRequest<'_>, progress: Progress) -> Result<Option<PerplexityRow>, Error> {
+fn measure_quality(
+    request: &CompileRequest<'_>,
+    progress: Progress,
+) -> Result<Option<PerplexityRow>, Error> {
     let Some(text) = request.evaluation else {
         return Ok(None);
     };
@@ -279,13 +329,28 @@ fn measure_quality(request: &CompileRequest<'_>, progress: Progress) -> Result<O
     }))
 }
 
-fn time_decode(request: &CompileRequest<'_>, progress: Progress) -> Result<Vec<DecodePoint>, Error> {
-    let (gqa, mla) = (request.staging.join("onnx-gqa"), request.staging.join("onnx"));
-    let results =
-        bench::bench(&[&gqa, &mla], request.contexts, BENCH_REPEATS, request.convert.threads, progress)?;
+fn time_decode(
+    request: &CompileRequest<'_>,
+    progress: Progress,
+) -> Result<Vec<DecodePoint>, Error> {
+    let (gqa, mla) = (
+        request.staging.join("onnx-gqa"),
+        request.staging.join("onnx"),
+    );
+    let results = bench::bench(
+        &[&gqa, &mla],
+        request.contexts,
+        BENCH_REPEATS,
+        request.convert.threads,
+        progress,
+    )?;
     Ok(results
         .into_iter()
-        .map(|r| DecodePoint { context: r.context, gqa_ms: r.milliseconds[0], mla_ms: r.milliseconds[1] })
+        .map(|r| DecodePoint {
+            context: r.context,
+            gqa_ms: r.milliseconds[0],
+            mla_ms: r.milliseconds[1],
+        })
         .collect())
 }
 

@@ -3,12 +3,14 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use mlac_converter::{Recipe, RankChoice, RefitOptions, StatisticsOptions, TransMla};
+use mlac_converter::{RankChoice, Recipe, RefitOptions, StatisticsOptions, TransMla};
 use mlac_engines::ort::SessionOptions;
 use mlac_model::checkpoint::{CheckpointWriter, expected_tensors};
 use mlac_model::config::mla_config_json;
 use mlac_model::tensor::{bytes_from_f32, check_finite, f32_from_bytes};
-use mlac_model::{Checkpoint, Dtype, MlaConfig, MlaEncoder, MlaLayer, ModelConfig, Refusal, TensorInfo};
+use mlac_model::{
+    Checkpoint, Dtype, MlaConfig, MlaEncoder, MlaLayer, ModelConfig, Refusal, TensorInfo,
+};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -134,7 +136,11 @@ pub struct CalibrationRecord {
 
 /// The source's configuration with the MLA form of the planned layers.
 pub fn converted_config(source: &ModelConfig, layers: &[LayerPlan]) -> ModelConfig {
-    let encoder = if source.qk_norm { MlaEncoder::NormedKey } else { MlaEncoder::Hidden };
+    let encoder = if source.qk_norm {
+        MlaEncoder::NormedKey
+    } else {
+        MlaEncoder::Hidden
+    };
     let layers = layers
         .iter()
         .map(|plan| {
@@ -161,7 +167,11 @@ pub fn converted_config(source: &ModelConfig, layers: &[LayerPlan]) -> ModelConf
 /// Numbers cached per token by all layers of a model.
 pub fn cache_numbers(config: &ModelConfig) -> usize {
     (0..config.num_hidden_layers)
-        .map(|i| config.mla_layer(i).map_or(config.gqa_cache_width(), MlaLayer::cache_width))
+        .map(|i| {
+            config
+                .mla_layer(i)
+                .map_or(config.gqa_cache_width(), MlaLayer::cache_width)
+        })
         .sum()
 }
 
@@ -172,7 +182,11 @@ pub fn convert(request: &ConvertRequest<'_>, progress: Progress) -> Result<Recor
     refuse_converted(checkpoint)?;
     let config = converted_config(source, &request.layers);
     let windows = read_windows(request)?;
-    let writer = CheckpointWriter::create(request.output, tensor_plan(request, &config)?, request.max_shard)?;
+    let writer = CheckpointWriter::create(
+        request.output,
+        tensor_plan(request, &config)?,
+        request.max_shard,
+    )?;
 
     let rows = convert_layers(request, &config, windows.as_ref(), &writer, progress)?;
     let digests = copy_rest(checkpoint, &config, &writer, progress)?;
@@ -218,7 +232,13 @@ impl Chosen {
 }
 
 fn read_windows(request: &ConvertRequest<'_>) -> Result<Option<Chosen>, Error> {
-    let Calibration::Text { path, windows, window, .. } = &request.calibration else {
+    let Calibration::Text {
+        path,
+        windows,
+        window,
+        ..
+    } = &request.calibration
+    else {
         return Ok(None);
     };
     let longest = request.checkpoint.config().max_position_embeddings;
@@ -233,16 +253,26 @@ fn read_windows(request: &ConvertRequest<'_>) -> Result<Option<Chosen>, Error> {
     }
     let all = Windows::read(path, &request.checkpoint.tokenizer()?, *window)?;
     let indices = all.spread(*windows, path)?;
-    Ok(Some(Chosen { windows: all, indices }))
+    Ok(Some(Chosen {
+        windows: all,
+        indices,
+    }))
 }
 
 /// Every tensor of the output: new ones in the asked type, others as the source has them.
-fn tensor_plan(request: &ConvertRequest<'_>, config: &ModelConfig) -> Result<Vec<TensorInfo>, Error> {
+fn tensor_plan(
+    request: &ConvertRequest<'_>,
+    config: &ModelConfig,
+) -> Result<Vec<TensorInfo>, Error> {
     expected_tensors(config)
         .into_iter()
         .map(|(name, shape)| {
             let dtype = if is_converted(config, &name) {
-                if name.ends_with("rotary_inv_freq") { Dtype::F32 } else { request.dtype }
+                if name.ends_with("rotary_inv_freq") {
+                    Dtype::F32
+                } else {
+                    request.dtype
+                }
             } else {
                 request.checkpoint.info(&name)?.dtype
             };
@@ -268,7 +298,13 @@ fn convert_layers(
     progress: Progress,
 ) -> Result<Vec<LayerRow>, Error> {
     let Some(last) = request.layers.last().map(|l| l.layer) else {
-        return Err(Refusal::new("--layers", "at least one layer to convert", "none", "see `mlac plan`").into());
+        return Err(Refusal::new(
+            "--layers",
+            "at least one layer to convert",
+            "none",
+            "see `mlac plan`",
+        )
+        .into());
     };
     let mut rows = Vec::new();
     let mut keep = |converted: ConvertedLayer, plan: &LayerPlan| -> Result<(), Error> {
@@ -280,7 +316,10 @@ fn convert_layers(
         let stage = progress.stage("converting layers", request.layers.len() as u64);
         for plan in &request.layers {
             stage.doing(format!("layer {}", plan.layer));
-            keep(convert_from_weights(request.checkpoint, plan, &request.method)?, plan)?;
+            keep(
+                convert_from_weights(request.checkpoint, plan, &request.method)?,
+                plan,
+            )?;
             stage.step();
         }
         drop(stage);
@@ -292,10 +331,19 @@ fn convert_layers(
         Calibration::Text { query_rows, .. } => query_rows,
         Calibration::Weights => 0,
     };
-    let statistics = StatisticsOptions { sampled_rows: rows_per_window, ..StatisticsOptions::default() };
+    let statistics = StatisticsOptions {
+        sampled_rows: rows_per_window,
+        ..StatisticsOptions::default()
+    };
     let options = SessionOptions::default().with_threads(request.threads);
-    let mut walk =
-        Walk::start(request.checkpoint, config, &chosen.slices(), options, statistics, request.sequential)?;
+    let mut walk = Walk::start(
+        request.checkpoint,
+        config,
+        &chosen.slices(),
+        options,
+        statistics,
+        request.sequential,
+    )?;
     for layer in 0..=last {
         stage.doing(format!("layer {layer}"));
         match request.layers.iter().find(|p| p.layer == layer) {
@@ -317,9 +365,18 @@ fn write_layer(
     for (name, shape, data) in converted.tensors.named() {
         let name = tensor_name(layer, name);
         check_finite(&format!("converted tensor {name}"), &shape, data)?;
-        let dtype = if name.ends_with("rotary_inv_freq") { Dtype::F32 } else { dtype };
+        let dtype = if name.ends_with("rotary_inv_freq") {
+            Dtype::F32
+        } else {
+            dtype
+        };
         let bytes = bytes_from_f32(dtype, data).ok_or_else(|| {
-            Refusal::new("--dtype", "f32, f16 or bf16", dtype.safetensors_name(), "choose one of them")
+            Refusal::new(
+                "--dtype",
+                "f32, f16 or bf16",
+                dtype.safetensors_name(),
+                "choose one of them",
+            )
         })?;
         if dtype == Dtype::F16 {
             refuse_overflow(&name, &shape, &bytes)?;
@@ -427,7 +484,9 @@ fn calibration_record(request: &ConvertRequest<'_>, windows: Option<&Chosen>) ->
     let (text, window) = match &request.calibration {
         Calibration::Weights => ("none".to_owned(), 0),
         Calibration::Text { path, window, .. } => {
-            let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+            let name = path
+                .file_name()
+                .map_or_else(String::new, |n| n.to_string_lossy().into_owned());
             (name, *window)
         }
     };

@@ -105,7 +105,10 @@ impl<'a> Loss<'a> {
 /// `ln sum exp(x)`, stable.
 pub fn log_sum_exp(logits: &[f32]) -> f64 {
     let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.chunks(4096).map(|c| c.iter().map(|&x| f64::from((x - max).exp())).sum::<f64>()).sum();
+    let sum: f64 = logits
+        .chunks(4096)
+        .map(|c| c.iter().map(|&x| f64::from((x - max).exp())).sum::<f64>())
+        .sum();
     f64::from(max) + sum.ln()
 }
 

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use mlac_graph::ValidGraph;
-use mlac_graph::builders::{CacheProduct, DecoderOptions, GqaForm, MlaForm, Runtime, decoder_graph};
+use mlac_graph::builders::{
+    CacheProduct, DecoderOptions, GqaForm, MlaForm, Runtime, decoder_graph,
+};
 use mlac_graph::ir::DType;
 use mlac_graph::onnx::write_folder;
 use mlac_model::Checkpoint;
@@ -47,7 +49,8 @@ pub fn export(
 ) -> Result<Exported, Error> {
     let staging = Staging::create(output)?;
     let graphs = graphs(checkpoint, options)?;
-    let named: Vec<(&str, &ValidGraph)> = graphs.iter().map(|(name, graph)| (*name, graph)).collect();
+    let named: Vec<(&str, &ValidGraph)> =
+        graphs.iter().map(|(name, graph)| (*name, graph)).collect();
     let stage = progress.stage("writing ONNX (MiB)", 0);
     let report = write_folder(staging.path(), &named, DATA, checkpoint, &mut |at| {
         stage.of(at.total >> 20);
@@ -61,8 +64,12 @@ pub fn export(
         .files
         .iter()
         .map(|file| {
-            let size = std::fs::metadata(file).map_err(|e| Error::io(file, e))?.len();
-            let name = file.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+            let size = std::fs::metadata(file)
+                .map_err(|e| Error::io(file, e))?
+                .len();
+            let name = file
+                .file_name()
+                .map_or_else(String::new, |n| n.to_string_lossy().into_owned());
             Ok((name, size))
         })
         .collect::<Result<_, Error>>()?;
@@ -70,7 +77,10 @@ pub fn export(
     Ok(Exported { files, seconds })
 }
 
-fn graphs(checkpoint: &Checkpoint, options: ExportOptions) -> Result<Vec<(&'static str, ValidGraph)>, Error> {
+fn graphs(
+    checkpoint: &Checkpoint,
+    options: ExportOptions,
+) -> Result<Vec<(&'static str, ValidGraph)>, Error> {
     let config = checkpoint.config();
     let graph = |mla_form| {
         decoder_graph(
@@ -100,7 +110,9 @@ fn write_side_files(checkpoint: &Checkpoint, folder: &Path) -> Result<(), Error>
     write("config.json", pretty(checkpoint.raw_config())?.as_bytes())?;
     let mut has_tokenizer = false;
     for file in checkpoint.side_files() {
-        let Some(name) = file.file_name() else { continue };
+        let Some(name) = file.file_name() else {
+            continue;
+        };
         has_tokenizer |= name == "tokenizer.json";
         std::fs::copy(&file, folder.join(name)).map_err(|e| Error::io(&file, e))?;
     }

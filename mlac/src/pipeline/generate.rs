@@ -62,7 +62,11 @@ pub fn generate(
         text: tokenizer.decode(&added)?,
         tokens: added.len(),
         prefill_seconds,
-        tokens_per_second: if added.is_empty() { 0.0 } else { added.len() as f64 / seconds },
+        tokens_per_second: if added.is_empty() {
+            0.0
+        } else {
+            added.len() as f64 / seconds
+        },
         cache_bytes_per_token: decoder.cache_bytes_per_token().unwrap_or(0.0),
     })
 }

@@ -44,7 +44,9 @@ impl LayerChoice {
         let count = config.num_hidden_layers;
         let mut chosen = match self {
             Self::All => (0..count).collect(),
-            Self::Full => (0..count).filter(|&i| config.sliding_window[i].is_none()).collect::<Vec<_>>(),
+            Self::Full => (0..count)
+                .filter(|&i| config.sliding_window[i].is_none())
+                .collect::<Vec<_>>(),
             Self::List(list) => list.clone(),
         };
         chosen.sort_unstable();
@@ -92,9 +94,17 @@ impl RankRequest {
             }),
             (None, Some(rank), Some(qk_rope_head_dim)) => {
                 let kv_lora_rank = rank.parse().map_err(|_| {
-                    Refusal::new("--kv-lora-rank", "a number or max", format!("{rank:?}"), "give for example 128")
+                    Refusal::new(
+                        "--kv-lora-rank",
+                        "a number or max",
+                        format!("{rank:?}"),
+                        "give for example 128",
+                    )
                 })?;
-                Budget::Ranks(RankChoice { kv_lora_rank, qk_rope_head_dim })
+                Budget::Ranks(RankChoice {
+                    kv_lora_rank,
+                    qk_rope_head_dim,
+                })
             }
             (None, ..) => {
                 return Err(Refusal::new(
@@ -106,7 +116,10 @@ impl RankRequest {
                 .into());
             }
         };
-        Ok(Self { budget, layers: LayerChoice::parse(layers)? })
+        Ok(Self {
+            budget,
+            layers: LayerChoice::parse(layers)?,
+        })
     }
 
     /// The layers to convert with their ranks, and remarks on them.
@@ -117,7 +130,10 @@ impl RankRequest {
             .layers
             .indices(config)?
             .into_iter()
-            .map(|layer| LayerPlan { layer, ranks: chosen.ranks })
+            .map(|layer| LayerPlan {
+                layer,
+                ranks: chosen.ranks,
+            })
             .collect();
         Ok((plans, chosen.note))
     }

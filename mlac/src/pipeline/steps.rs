@@ -2,8 +2,8 @@
 
 use mlac_converter::Recipe;
 use mlac_converter::steps::{
-    balance::Balance, basis::Basis, constant::Constant, lowrank::Metric, lowrank::QueryWeights, select::Selection,
-    weights::TokenWeights,
+    balance::Balance, basis::Basis, constant::Constant, lowrank::Metric, lowrank::QueryWeights,
+    select::Selection, weights::TokenWeights,
 };
 use mlac_model::Refusal;
 
@@ -14,7 +14,10 @@ pub const STEPS: [(&str, &str); 9] = [
     ("basis", "complex basis of the heads in the query metric"),
     ("select", "greedy choice of the components that keep RoPE"),
     ("constant", "fitted constant in place of a dropped rotation"),
-    ("queries", "heads weighted by how much their scores move the output"),
+    (
+        "queries",
+        "heads weighted by how much their scores move the output",
+    ),
     ("metric", "low rank in the metric of scores and outputs"),
     ("weights", "tokens weighted by the attention they receive"),
     ("balance", "search for the balance of keys and values"),
@@ -36,7 +39,10 @@ pub struct Steps {
 pub fn resolve(given: &[String]) -> Result<Steps, Error> {
     let minus = given.iter().filter(|s| s.starts_with('-')).count();
     if minus != 0 && minus != given.len() {
-        return Err(refuse("either names of steps to run, or names to leave out, each with a leading -", given));
+        return Err(refuse(
+            "either names of steps to run, or names to leave out, each with a leading -",
+            given,
+        ));
     }
     for name in given {
         let name = name.trim_start_matches('-');
@@ -79,11 +85,20 @@ pub fn resolve(given: &[String]) -> Result<Steps, Error> {
     if !runs("refit") {
         recipe.refit = None;
     }
-    Ok(Steps { recipe, sequential: runs("sequential") })
+    Ok(Steps {
+        recipe,
+        sequential: runs("sequential"),
+    })
 }
 
 fn refuse(expected: &str, given: &[String]) -> Error {
-    Refusal::new("--steps", expected, given.join(","), "for example --steps=-refit,-sequential").into()
+    Refusal::new(
+        "--steps",
+        expected,
+        given.join(","),
+        "for example --steps=-refit,-sequential",
+    )
+    .into()
 }
 
 #[cfg(test)]

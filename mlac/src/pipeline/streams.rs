@@ -32,15 +32,41 @@ impl GraphRunner {
     /// Runs on those of the given inputs that the graph has; the outputs in the order they were asked
     /// for when the graph was built.
     pub fn run(&mut self, inputs: &[(&str, &Value)]) -> Result<Vec<Value>, Error> {
-        let wanted: Vec<(&str, &Value)> =
-            inputs.iter().copied().filter(|(name, _)| self.session.input(name).is_some()).collect();
+        let wanted: Vec<(&str, &Value)> = inputs
+            .iter()
+            .copied()
+            .filter(|(name, _)| self.session.input(name).is_some())
+            .collect();
         Ok(self.session.run(&wanted)?)
+    }
+}
+
+impl GraphRunner {
+    /// Runs and gives the output of that name.
+    pub fn run_for(&mut self, name: &str, inputs: &[(&str, &Value)]) -> Result<Value, Error> {
+        let at = self
+            .session
+            .outputs()
+            .iter()
+            .position(|port| port.name == name);
+        let at = at.ok_or_else(|| {
+            Refusal::new(
+                self.session.subject(),
+                format!("an output {name}"),
+                "none of that name",
+                "report this as a defect of mlac",
+            )
+        })?;
+        Ok(self.run(inputs)?.swap_remove(at))
     }
 }
 
 /// These outputs of a layer, in f32.
 pub fn taps(taps: &[Tap]) -> LayerOptions {
-    LayerOptions { taps: taps.to_vec(), dtype: DType::F32 }
+    LayerOptions {
+        taps: taps.to_vec(),
+        dtype: DType::F32,
+    }
 }
 
 /// The numbers of an f32 output.

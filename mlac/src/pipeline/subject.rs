@@ -35,7 +35,11 @@ impl Subject {
                 let options = SessionOptions::default().with_threads(threads);
                 let decoder = Box::new(Decoder::open(&folder, &options)?);
                 let config = Box::new(read_config(&folder)?);
-                return Ok(Self::Onnx { folder, config, decoder });
+                return Ok(Self::Onnx {
+                    folder,
+                    config,
+                    decoder,
+                });
             }
         }
         Ok(Self::Checkpoint(Box::new(Checkpoint::open(path)?)))
@@ -53,9 +57,11 @@ impl Subject {
     pub fn cache_numbers(&self) -> usize {
         match self {
             Self::Checkpoint(checkpoint) => super::convert::cache_numbers(checkpoint.config()),
-            Self::Onnx { decoder, .. } => {
-                decoder.layouts().iter().map(CacheLayout::numbers_per_token).sum()
-            }
+            Self::Onnx { decoder, .. } => decoder
+                .layouts()
+                .iter()
+                .map(CacheLayout::numbers_per_token)
+                .sum(),
         }
     }
 
@@ -79,7 +85,8 @@ impl Subject {
         match self {
             Self::Checkpoint(checkpoint) => {
                 let options = SessionOptions::default().with_threads(threads);
-                let mut states = HiddenStates::embed(checkpoint.config(), &**checkpoint, &[ids], &options)?;
+                let mut states =
+                    HiddenStates::embed(checkpoint.config(), &**checkpoint, &[ids], &options)?;
                 for layer in 0..checkpoint.config().num_hidden_layers {
                     states.advance(checkpoint.config(), &**checkpoint, layer, &options)?;
                 }

@@ -71,5 +71,10 @@ pub fn verify(
     stage.step();
     let figures = comparison.finish()?;
     let failures = figures.check(tolerance);
-    Ok(Verification { tokens, steps: steps.min(tokens - 1), figures, failures })
+    Ok(Verification {
+        tokens,
+        steps: steps.min(tokens - 1),
+        figures,
+        failures,
+    })
 }

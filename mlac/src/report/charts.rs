@@ -59,8 +59,16 @@ impl Chart {
         let all = || series.iter().flat_map(|s| s.points.iter().copied());
         let (x_low, x_high) = bounds(all().map(|p| p.0))?;
         let (y_low, y_high) = bounds(all().map(|p| p.1))?;
-        let x_range = if self.log_x { spread_log(x_low, x_high) } else { spread(x_low, x_high, false) };
-        let y_range = if self.log_y { spread_log(y_low, y_high) } else { spread(y_low, y_high, true) };
+        let x_range = if self.log_x {
+            spread_log(x_low, x_high)
+        } else {
+            spread(x_low, x_high, false)
+        };
+        let y_range = if self.log_y {
+            spread_log(y_low, y_high)
+        } else {
+            spread(y_low, y_high, true)
+        };
         let mut svg = String::new();
         let drawn: Drawn = {
             let area = SVGBackend::with_string(&mut svg, SIZE).into_drawing_area();
@@ -112,9 +120,14 @@ impl Chart {
         for (i, s) in series.iter().enumerate() {
             let colour = COLOURS[i % COLOURS.len()];
             chart
-                .draw_series(LineSeries::new(s.points.iter().copied(), colour.stroke_width(2)))?
+                .draw_series(LineSeries::new(
+                    s.points.iter().copied(),
+                    colour.stroke_width(2),
+                ))?
                 .label(&s.name)
-                .legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2)));
+                .legend(move |(x, y)| {
+                    PathElement::new([(x, y), (x + 16, y)], colour.stroke_width(2))
+                });
             if s.points.len() <= 40 {
                 chart.draw_series(s.points.iter().map(|p| Circle::new(*p, 3, colour.filled())))?;
             }
@@ -132,14 +145,24 @@ impl Chart {
 }
 
 fn bounds(values: impl Iterator<Item = f64>) -> Option<(f64, f64)> {
-    values.fold(None, |b, v| Some(b.map_or((v, v), |(lo, hi): (f64, f64)| (lo.min(v), hi.max(v)))))
+    values.fold(None, |b, v| {
+        Some(b.map_or((v, v), |(lo, hi): (f64, f64)| (lo.min(v), hi.max(v))))
+    })
 }
 
 /// A linear range with some room; starts at zero when asked and possible.
 fn spread(low: f64, high: f64, from_zero: bool) -> std::ops::Range<f64> {
     let low = if from_zero && low >= 0.0 { 0.0 } else { low };
-    let room = if high > low { (high - low) * 0.05 } else { high.abs().max(1.0) * 0.05 };
-    let start = if from_zero && low == 0.0 { 0.0 } else { low - room };
+    let room = if high > low {
+        (high - low) * 0.05
+    } else {
+        high.abs().max(1.0) * 0.05
+    };
+    let start = if from_zero && low == 0.0 {
+        0.0
+    } else {
+        low - room
+    };
     start..high + room
 }
 
@@ -179,7 +202,10 @@ mod tests {
             y: "y".into(),
             log_x: false,
             log_y,
-            series: vec![Series { name: "s".into(), points }],
+            series: vec![Series {
+                name: "s".into(),
+                points,
+            }],
         }
     }
 
@@ -190,6 +216,10 @@ mod tests {
         assert!(chart(vec![], false).svg().is_none());
         assert!(chart(vec![(1.0, f64::NAN)], false).svg().is_none());
         let svg = chart(vec![(1.0, 0.0), (2.0, 4.0)], true).svg().unwrap();
-        assert_eq!(svg.matches("<circle").count(), 1, "a zero has no place on a logarithmic axis");
+        assert_eq!(
+            svg.matches("<circle").count(),
+            1,
+            "a zero has no place on a logarithmic axis"
+        );
     }
 }

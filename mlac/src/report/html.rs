@@ -28,7 +28,11 @@ pub fn page(report: &Report) -> String {
     );
     match &report.perplexity {
         Some(p) => {
-            let _ = write!(out, " Perplexity: {:.3} instead of {:.3} (x {:.3}).</p>", p.converted, p.original, p.ratio);
+            let _ = write!(
+                out,
+                " Perplexity: {:.3} instead of {:.3} (x {:.3}).</p>",
+                p.converted, p.original, p.ratio
+            );
         }
         None => out.push_str(" <span class=\"bad\">Quality was not measured.</span></p>"),
     }
@@ -42,12 +46,15 @@ pub fn page(report: &Report) -> String {
         escape(&report.generated)
     );
     out.push_str("<h2>Time</h2>");
-    let rows: Vec<Vec<String>> =
-        report.times.iter().map(|t| vec![escape(&t.stage), format!("{:.1}", t.seconds)]).collect();
+    let rows: Vec<Vec<String>> = report
+        .times
+        .iter()
+        .map(|t| vec![escape(&t.stage), format!("{:.1}", t.seconds)])
+        .collect();
     table(&mut out, &["stage", "seconds"], &rows);
-    let _ = write!(
+    let _ = writeln!(
         out,
-        "<p>Peak memory {}. mlac {}.</p></body></html>\n",
+        "<p>Peak memory {}. mlac {}.</p></body></html>",
         show_bytes(report.peak_memory),
         escape(&report.version)
     );
@@ -66,11 +73,18 @@ fn charts(out: &mut String, report: &Report) {
 
 /// The report's charts.
 pub fn report_charts(report: &Report) -> Vec<Chart> {
-    let line = |name: &str, points: Vec<(f64, f64)>| Series { name: name.to_owned(), points };
+    let line = |name: &str, points: Vec<(f64, f64)>| Series {
+        name: name.to_owned(),
+        points,
+    };
     let mib = |b: u64| b as f64 / f64::from(1 << 20);
     let layers: Vec<f64> = report.layers.iter().map(|l| l.layer as f64).collect();
     let by_layer = |f: &dyn Fn(&super::data::LayerRow) -> Option<f64>| -> Vec<(f64, f64)> {
-        layers.iter().zip(&report.layers).filter_map(|(x, l)| f(l).map(|y| (*x, y))).collect()
+        layers
+            .iter()
+            .zip(&report.layers)
+            .filter_map(|(x, l)| f(l).map(|y| (*x, y)))
+            .collect()
     };
     let mut charts = vec![
         Chart {
@@ -80,8 +94,22 @@ pub fn report_charts(report: &Report) -> Vec<Chart> {
             log_x: true,
             log_y: true,
             series: vec![
-                line("GQA", report.cache.iter().map(|c| (c.context as f64, mib(c.gqa_bytes))).collect()),
-                line("MLA", report.cache.iter().map(|c| (c.context as f64, mib(c.mla_bytes))).collect()),
+                line(
+                    "GQA",
+                    report
+                        .cache
+                        .iter()
+                        .map(|c| (c.context as f64, mib(c.gqa_bytes)))
+                        .collect(),
+                ),
+                line(
+                    "MLA",
+                    report
+                        .cache
+                        .iter()
+                        .map(|c| (c.context as f64, mib(c.mla_bytes)))
+                        .collect(),
+                ),
             ],
         },
         Chart {
@@ -107,7 +135,12 @@ pub fn report_charts(report: &Report) -> Vec<Chart> {
         series: picked
             .into_iter()
             .map(|l| {
-                let points = l.spectrum.iter().enumerate().map(|(i, e)| ((i + 1) as f64, e.max(1e-12))).collect();
+                let points = l
+                    .spectrum
+                    .iter()
+                    .enumerate()
+                    .map(|(i, e)| ((i + 1) as f64, e.max(1e-12)))
+                    .collect();
                 line(&format!("layer {}", l.layer), points)
             })
             .collect(),
@@ -123,7 +156,10 @@ pub fn report_charts(report: &Report) -> Vec<Chart> {
                 line("original", vec![(1.0, p.original)]),
                 line(
                     "converted",
-                    vec![(report.mla_cache_numbers as f64 / report.gqa_cache_numbers.max(1) as f64, p.converted)],
+                    vec![(
+                        report.mla_cache_numbers as f64 / report.gqa_cache_numbers.max(1) as f64,
+                        p.converted,
+                    )],
                 ),
             ],
         });
@@ -135,8 +171,22 @@ pub fn report_charts(report: &Report) -> Vec<Chart> {
         log_x: true,
         log_y: false,
         series: vec![
-            line("GQA", report.decode.iter().map(|d| (d.context as f64, d.gqa_ms)).collect()),
-            line("MLA", report.decode.iter().map(|d| (d.context as f64, d.mla_ms)).collect()),
+            line(
+                "GQA",
+                report
+                    .decode
+                    .iter()
+                    .map(|d| (d.context as f64, d.gqa_ms))
+                    .collect(),
+            ),
+            line(
+                "MLA",
+                report
+                    .decode
+                    .iter()
+                    .map(|d| (d.context as f64, d.mla_ms))
+                    .collect(),
+            ),
         ],
     });
     charts
@@ -144,9 +194,21 @@ pub fn report_charts(report: &Report) -> Vec<Chart> {
 
 /// At most five layers, evenly spread: more lines cannot be told apart.
 fn spectra_of(report: &Report) -> Vec<&super::data::LayerRow> {
-    let with: Vec<_> = report.layers.iter().filter(|l| !l.spectrum.is_empty()).collect();
+    let with: Vec<_> = report
+        .layers
+        .iter()
+        .filter(|l| !l.spectrum.is_empty())
+        .collect();
     let n = with.len().min(5);
-    (0..n).map(|i| with[if n == 1 { 0 } else { i * (with.len() - 1) / (n - 1) }]).collect()
+    (0..n)
+        .map(|i| {
+            with[if n == 1 {
+                0
+            } else {
+                i * (with.len() - 1) / (n - 1)
+            }]
+        })
+        .collect()
 }
 
 fn tables(out: &mut String, report: &Report) {
@@ -163,7 +225,10 @@ fn tables(out: &mut String, report: &Report) {
                 format!("{:.6}", f.cosine),
                 format!("{:.2e}", f.mean_kl),
                 format!("{:.2} %", f.top1 * 100.0),
-                f.worst.map_or_else(|| "-".to_owned(), |w| format!("token {}, id {}", w.token, w.vocab)),
+                f.worst.map_or_else(
+                    || "-".to_owned(),
+                    |w| format!("token {}, id {}", w.token, w.vocab),
+                ),
                 match p.passed {
                     Some(true) => "<span class=\"good\">passed</span>".into(),
                     Some(false) => "<span class=\"bad\">failed</span>".into(),
@@ -173,7 +238,17 @@ fn tables(out: &mut String, report: &Report) {
             ]
         })
         .collect();
-    let head = ["comparison", "max abs", "max rel", "cosine", "mean KL", "top-1", "worst", "result", "command"];
+    let head = [
+        "comparison",
+        "max abs",
+        "max rel",
+        "cosine",
+        "mean KL",
+        "top-1",
+        "worst",
+        "result",
+        "command",
+    ];
     table(out, &head, &rows);
     out.push_str("<h2>Cache</h2>");
     let rows: Vec<Vec<String>> = report
@@ -184,12 +259,19 @@ fn tables(out: &mut String, report: &Report) {
                 show_tokens(c.context),
                 show_bytes(c.gqa_bytes),
                 show_bytes(c.mla_bytes),
-                format!("{:.1} %", 100.0 * c.mla_bytes as f64 / c.gqa_bytes.max(1) as f64),
+                format!(
+                    "{:.1} %",
+                    100.0 * c.mla_bytes as f64 / c.gqa_bytes.max(1) as f64
+                ),
             ]
         })
         .collect();
     table(out, &["context", "GQA", "MLA", "share"], &rows);
-    let _ = write!(out, "<p>{} bytes a number, batch 1.</p>", report.cache_dtype_bytes);
+    let _ = write!(
+        out,
+        "<p>{} bytes a number, batch 1.</p>",
+        report.cache_dtype_bytes
+    );
     if let Some(p) = &report.perplexity {
         let _ = write!(
             out,
@@ -219,7 +301,11 @@ fn tables(out: &mut String, report: &Report) {
         })
         .collect();
     table(out, &["context", "GQA ms", "MLA ms", "GQA / MLA"], &rows);
-    let _ = write!(out, "<pre>{}</pre><h2>Engines</h2>", escape(&report.decode_command));
+    let _ = write!(
+        out,
+        "<pre>{}</pre><h2>Engines</h2>",
+        escape(&report.decode_command)
+    );
     let rows: Vec<Vec<String>> = report
         .engines
         .iter()
@@ -237,7 +323,18 @@ fn tables(out: &mut String, report: &Report) {
     if rows.is_empty() {
         out.push_str("<p>No TensorRT engine was asked for.</p>");
     } else {
-        table(out, &["file", "target", "size", "build seconds", "attention", "ran"], &rows);
+        table(
+            out,
+            &[
+                "file",
+                "target",
+                "size",
+                "build seconds",
+                "attention",
+                "ran",
+            ],
+            &rows,
+        );
     }
     out.push_str("<h2>Layers</h2>");
     let number = |v: Option<f64>| v.map_or_else(|| "-".to_owned(), |v| format!("{v:.4}"));
@@ -257,7 +354,16 @@ fn tables(out: &mut String, report: &Report) {
             ]
         })
         .collect();
-    let head = ["layer", "r", "d_r", "balance", "output error", "after refit", "stream error", "notes"];
+    let head = [
+        "layer",
+        "r",
+        "d_r",
+        "balance",
+        "output error",
+        "after refit",
+        "stream error",
+        "notes",
+    ];
     table(out, &head, &rows);
 }
 
@@ -278,5 +384,8 @@ fn table(out: &mut String, head: &[&str], rows: &[Vec<String>]) {
 }
 
 fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+    text.replace('&', "&amp;")
+        .replace('<', "&lt;")
+        .replace('>', "&gt;")
+        .replace('"', "&quot;")
 }
