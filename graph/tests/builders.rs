@@ -119,11 +119,12 @@ fn every_form_has_the_same_interface() {
 
 #[test]
 fn tensorrt_gets_fused_attention_and_no_foreign_operator() {
-    let options = DecoderOptions {
-        runtime: Runtime::TensorRt,
-        ..DecoderOptions::default()
-    };
-    let count = |cfg: &ModelConfig, name: &str| {
+    let count = |cfg: &ModelConfig, dtype: DType, name: &str| {
+        let options = DecoderOptions {
+            dtype,
+            runtime: Runtime::TensorRt,
+            ..DecoderOptions::default()
+        };
         let graph = decoder_graph(cfg, &options).unwrap();
         assert!(
             graph
@@ -137,14 +138,17 @@ fn tensorrt_gets_fused_attention_and_no_foreign_operator() {
             .filter(|(_, n)| n.op.name() == name)
             .count()
     };
+    let attention = |cfg: &ModelConfig, dtype: DType| {
+        (count(cfg, dtype, "Attention"), count(cfg, dtype, "Softmax"))
+    };
     let mut cfg = converted(llama(3), &[0, 1]);
-    assert_eq!((count(&cfg, "Attention"), count(&cfg, "Softmax")), (3, 0));
-    assert_eq!(count(&cfg, "RotaryEmbedding"), 0);
-    // 253 + 4 is wider than the fused kernel takes.
-    if let Some(mla) = cfg.mla.as_mut().and_then(|m| m.layers.get_mut(&0)) {
-        mla.kv_lora_rank = 253;
+    assert_eq!(count(&cfg, DType::F16, "RotaryEmbedding"), 0);
+    // The latent rows of layer 0: 16 wide, then 264 (too wide), 20 (not a multiple of 8).
+    for (rank, expected) in [(12, (3, 0)), (260, (2, 1)), (16, (2, 1))] {
+        mla(&mut cfg).kv_lora_rank = rank;
+        assert_eq!(attention(&cfg, DType::F16), expected, "rank {rank}");
+        assert_eq!(attention(&cfg, DType::F32), (0, 3), "rank {rank}");
     }
-    assert_eq!((count(&cfg, "Attention"), count(&cfg, "Softmax")), (2, 1));
 }
 
 #[test]

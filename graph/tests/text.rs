@@ -91,8 +91,9 @@ fn mla_decoder_absorbed_for_tensorrt_in_f16() {
 }
 
 #[test]
-fn mla_decoder_expanded_for_tensorrt() {
+fn mla_decoder_expanded_for_tensorrt_in_f16() {
     let options = DecoderOptions {
+        dtype: DType::F16,
         mla_form: MlaForm::Expanded,
         runtime: Runtime::TensorRt,
         ..DecoderOptions::default()

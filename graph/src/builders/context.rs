@@ -40,8 +40,8 @@ pub enum Runtime {
     /// Any runtime of opset 23; fastest in ONNX Runtime on a CPU.
     #[default]
     Standard,
-    /// `TensorRT`: attention through the `Attention` operator where it can be fused, rotation in
-    /// primitives, no operator outside ONNX's own domain.
+    /// `TensorRT`: attention through the `Attention` operator where it can be fused (f16, heads
+    /// of a multiple of 8 and at most 256 numbers), rotation in primitives, no operator outside ONNX's own domain.
     TensorRt,
 }
 
@@ -56,7 +56,7 @@ pub enum CacheProduct {
 }
 
 /// The largest head that `TensorRT`'s fused attention takes.
-pub(super) const LARGEST_FUSED_HEAD: usize = 256;
+const LARGEST_FUSED_HEAD: usize = 256;
 
 /// Dynamic axes of one graph.
 #[derive(Debug, Clone)]
@@ -114,6 +114,16 @@ impl<'a> Context<'a> {
             positions_f32: None,
             lengths: None,
         }
+    }
+
+    /// Whether heads of `width` numbers go through the `Attention` operator. `TensorRt` for RTX 1.7
+    /// refuses to build it where it has no fused kernel: in f32 for several new tokens, and for
+    /// widths that are not a multiple of 8.
+    pub(super) fn fuses(&self, width: usize) -> bool {
+        self.runtime == Runtime::TensorRt
+            && self.dtype == DType::F16
+            && width <= LARGEST_FUSED_HEAD
+            && width.is_multiple_of(8)
     }
 
     pub(super) fn rotary_form(&self) -> RotaryForm {

@@ -3,7 +3,7 @@
 use super::{Attended, append, by_head, from_heads, merge_heads, softmax, to_heads};
 use crate::{
     builders::{
-        context::{Context, GqaForm, LARGEST_FUSED_HEAD, Runtime},
+        context::{Context, GqaForm},
         norm::rms_norm,
         present_kv_name,
         rope::rotate,
@@ -120,8 +120,7 @@ pub(in crate::builders) fn attend(
     let key = append(b, "keys", past.first().copied(), key, 2)?;
     let value = append(b, "values", past.get(1).copied(), value, 2)?;
     let (window, scale) = (cfg.sliding_window[layer], (cfg.head_dim as f64).powf(-0.5));
-    let fused = cx.runtime == Runtime::TensorRt && cfg.head_dim <= LARGEST_FUSED_HEAD;
-    let sums = if fused {
+    let sums = if cx.fuses(cfg.head_dim) {
         softmax::operator(b, cx, window, scale, query, key, value)?
     } else {
         let query = b.scale("q_scaled", query, scale)?;

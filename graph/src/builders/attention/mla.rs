@@ -11,7 +11,7 @@ use mlac_model::{MlaEncoder, MlaLayer};
 use super::{Attended, append, by_head, from_heads, gqa, softmax};
 use crate::{
     builders::{
-        context::{Context, LARGEST_FUSED_HEAD, MlaForm, Runtime},
+        context::{Context, MlaForm},
         present_latent_name,
         rope::{Angles, rotate},
     },
@@ -192,8 +192,7 @@ fn absorbed(
     let key_up = key_up(b, cx, layer);
     let query = b.matmul("q_absorbed", encoded.q_nope, key_up)?;
     let query = b.concat("q_row", &[query, encoded.q_rope], 3)?;
-    let fused = cx.runtime == Runtime::TensorRt && layer.shape.cache_width() <= LARGEST_FUSED_HEAD;
-    let sums = if fused {
+    let sums = if cx.fuses(layer.shape.cache_width()) {
         let cache = b.unsqueeze("cache_head", cache, &[1])?;
         softmax::operator(b, cx, window, layer.scale, query, cache, cache)?
     } else {
@@ -238,8 +237,7 @@ fn expanded(
     let keys = b.concat("keys", &[keys, rope], 2)?;
     let query = b.concat("q_head", &[encoded.q_nope, encoded.q_rope], 3)?;
     let width = qk_nope_head_dim + d_r;
-    let fused = cx.runtime == Runtime::TensorRt && width <= LARGEST_FUSED_HEAD;
-    if !fused || v_head_dim > width {
+    if !cx.fuses(width) || v_head_dim > width {
         let query = b.scale("q_scaled", query, layer.scale)?;
         return softmax::keys_transposed(b, cx, window, query, keys, values);
     }
