@@ -1,6 +1,6 @@
 //! What can go wrong in a command, and the exit code it maps to.
 
-use std::path::PathBuf;
+use std::path::Path;
 
 use mlac_model::Refusal;
 
@@ -10,14 +10,6 @@ pub enum Error {
     /// An input, option or file was refused.
     #[error(transparent)]
     Refusal(#[from] Refusal),
-    /// Reading or writing a file failed.
-    #[error("{}: {source}", path.display())]
-    Io {
-        /// The file.
-        path: PathBuf,
-        /// What the operating system said.
-        source: std::io::Error,
-    },
     /// From the checkpoint readers and writers.
     #[error(transparent)]
     Model(#[from] mlac_model::Error),
@@ -49,11 +41,8 @@ impl Error {
         }
     }
 
-    /// An I/O error with the path it happened at.
-    pub fn io(path: impl Into<PathBuf>, source: std::io::Error) -> Self {
-        Self::Io {
-            path: path.into(),
-            source,
-        }
+    /// An I/O error with the path it happened at; a missing file or a full disk is a refusal.
+    pub fn io(path: impl AsRef<Path>, source: std::io::Error) -> Self {
+        Self::Model(mlac_model::Error::io(path.as_ref(), source))
     }
 }

@@ -454,13 +454,8 @@ fn write_side_files(
     let json = mla_config_json(checkpoint.raw_config(), source, mla);
     writer.write_file("config.json", pretty(&json)?.as_bytes())?;
     writer.write_file("mlac.json", pretty(record)?.as_bytes())?;
-    let mut has_tokenizer = false;
-    for file in checkpoint.side_files() {
-        has_tokenizer |= file.file_name().is_some_and(|n| n == "tokenizer.json");
-        writer.copy_file(&file)?;
-    }
-    if !has_tokenizer && let Ok(tokenizer) = checkpoint.tokenizer() {
-        writer.write_file("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
+    for (name, bytes) in checkpoint.side_contents()? {
+        writer.write_file(&name, &bytes)?;
     }
     Ok(())
 }

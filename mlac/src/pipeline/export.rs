@@ -108,16 +108,8 @@ fn write_side_files(checkpoint: &Checkpoint, folder: &Path) -> Result<(), Error>
         std::fs::write(&path, bytes).map_err(|e| Error::io(path, e))
     };
     write("config.json", pretty(checkpoint.raw_config())?.as_bytes())?;
-    let mut has_tokenizer = false;
-    for file in checkpoint.side_files() {
-        let Some(name) = file.file_name() else {
-            continue;
-        };
-        has_tokenizer |= name == "tokenizer.json";
-        std::fs::copy(&file, folder.join(name)).map_err(|e| Error::io(&file, e))?;
-    }
-    if !has_tokenizer && let Ok(tokenizer) = checkpoint.tokenizer() {
-        write("tokenizer.json", tokenizer.to_json()?.as_bytes())?;
+    for (name, bytes) in checkpoint.side_contents()? {
+        write(&name, &bytes)?;
     }
     Ok(())
 }

@@ -47,9 +47,12 @@ pub fn generate(
     let mut logits = decoder.prefill(&ids)?;
     let prefill_seconds = started.elapsed().as_secs_f64();
     let started = std::time::Instant::now();
+    // Rows of the embedding beyond the tokenizer's vocabulary are padding and no tokens.
+    let vocabulary = tokenizer.vocab_size();
     let mut added: Vec<u32> = Vec::new();
     while added.len() < max_tokens {
-        let next = most_likely(&logits.last(0));
+        let last = logits.last(0);
+        let next = most_likely(&last[..last.len().min(vocabulary)]);
         if eos.contains(&next) {
             break;
         }

@@ -1,0 +1,328 @@
+//! Every command on a tiny model: what it prints, what it leaves, how it exits.
+
+mod common;
+
+use std::fs;
+
+use common::{Bench, contents};
+
+#[test]
+fn the_parts_of_the_way_one_by_one() {
+    let bench = Bench::with("llama_gqa");
+    let text = bench.text("text.txt", 4000);
+    let text = text.to_str().unwrap();
+
+    let plan = bench
+        .run(&["plan", "model", "--budget", "0.5", "--json"])
+        .succeeds();
+    let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
+    let planned = plan["mla_numbers_per_token"].as_u64().unwrap();
+    assert!(
+        planned * 2 <= plan["gqa_numbers_per_token"].as_u64().unwrap(),
+        "{plan}"
+    );
+
+    let calibration = [
+        "--calib",
+        text,
+        "--calib-windows",
+        "4",
+        "--calib-window",
+        "64",
+    ];
+    let mut convert = vec!["convert", "model", "-o", "mla", "--budget", "50%"];
+    convert.extend(calibration);
+    bench.run(&convert).succeeds();
+    let record: serde_json::Value =
+        serde_json::from_slice(&fs::read(bench.path("mla/mlac.json")).unwrap()).unwrap();
+    assert_eq!(
+        record["mla_cache_numbers"].as_u64(),
+        Some(planned),
+        "the record and the plan agree"
+    );
+    assert_eq!(record["calibration"]["windows"], 4);
+    let config: serde_json::Value =
+        serde_json::from_slice(&fs::read(bench.path("mla/config.json")).unwrap()).unwrap();
+    assert_eq!(config["model_type"], "llama_mla");
+
+    bench.run(&["export", "mla", "-o", "onnx"]).succeeds();
+    for file in [
+        "decoder.onnx",
+        "prefill.onnx",
+        "decoder.onnx.data",
+        "config.json",
+        "tokenizer.json",
+    ] {
+        assert!(bench.path("onnx").join(file).is_file(), "{file} is missing");
+    }
+    bench
+        .run(&[
+            "verify", "mla", "onnx", "--text", text, "--tokens", "48", "--steps", "16",
+        ])
+        .succeeds();
+    let lossy = bench.run(&[
+        "verify", "model", "onnx", "--text", text, "--tokens", "48", "--json",
+    ]);
+    assert_eq!(
+        lossy.code(),
+        1,
+        "half a random model's cache cannot be exact: {}",
+        lossy.out()
+    );
+
+    let mut perplexities = Vec::new();
+    for subject in ["mla", "onnx"] {
+        let args = [
+            "eval",
+            subject,
+            "--text",
+            text,
+            "--window",
+            "64",
+            "--windows",
+            "3",
+            "--json",
+        ];
+        let result: serde_json::Value = serde_json::from_str(&bench.run(&args).succeeds()).unwrap();
+        assert_eq!(result["losses"].as_array().unwrap().len(), 3);
+        perplexities.push(result["perplexity"].as_f64().unwrap());
+    }
+    assert!(
+        (perplexities[0] / perplexities[1] - 1.0).abs() < 1e-4,
+        "{perplexities:?}"
+    );
+
+    let said = bench
+        .run(&[
+            "generate",
+            "onnx",
+            "--prompt",
+            "two maps",
+            "--max-tokens",
+            "5",
+            "--json",
+        ])
+        .succeeds();
+    let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+    assert!(said["tokens"].as_u64().unwrap() <= 5);
+    let cached = said["cache_bytes_per_token"].as_f64().unwrap();
+    assert!(
+        (cached - 4.0 * planned as f64).abs() < 1e-9,
+        "f32 cache of {planned} numbers, found {cached} bytes"
+    );
+
+    bench.run(&["export", "model", "-o", "gqa"]).succeeds();
+    let timed = bench
+        .run(&[
+            "bench",
+            "gqa",
+            "onnx",
+            "--contexts",
+            "32,64",
+            "--repeats",
+            "2",
+            "--json",
+        ])
+        .succeeds();
+    let timed: serde_json::Value = serde_json::from_str(&timed).unwrap();
+    assert_eq!(timed[1]["context"], 64);
+    assert_eq!(timed[1]["cache_bytes"][1].as_u64(), Some(64 * 4 * planned));
+}
+
+#[test]
+fn full_rank_is_exact_for_every_architecture() {
+    for name in [
+        "llama_yarn",
+        "mistral_window",
+        "qwen2_bias",
+        "qwen3_norm",
+        "llama_sharded",
+        "mistral_bf16",
+    ] {
+        let bench = Bench::with(name);
+        let text = bench.text("text.txt", 200);
+        let text = text.to_str().unwrap();
+        bench
+            .run(&[
+                "convert",
+                "model",
+                "-o",
+                "mla",
+                "--kv-lora-rank",
+                "max",
+                "--layers",
+                "all",
+            ])
+            .succeeds();
+        bench.run(&["export", "mla", "-o", "onnx"]).succeeds();
+        for candidate in ["mla", "onnx"] {
+            let args = [
+                "verify", "model", candidate, "--text", text, "--tokens", "56", "--steps", "32",
+            ];
+            let run = bench.run(&args);
+            assert_eq!(
+                run.code(),
+                0,
+                "{name} against {candidate}: {}{}",
+                run.out(),
+                run.err()
+            );
+        }
+    }
+}
+
+#[test]
+fn what_is_not_converted_is_copied_byte_for_byte_and_runs_repeat() {
+    let bench = Bench::with("mistral_bf16");
+    let text = bench.text("text.txt", 2000);
+    let text = text.to_str().unwrap();
+    let convert = |out: &str| {
+        let args = [
+            "convert",
+            "model",
+            "-o",
+            out,
+            "--budget",
+            "0.5",
+            "--layers",
+            "1",
+            "--calib",
+            text,
+            "--calib-windows",
+            "2",
+            "--calib-window",
+            "48",
+        ];
+        bench.run(&args).succeeds();
+        contents(&bench.path(out))
+    };
+    let first = convert("a");
+    assert!(
+        first == convert("b"),
+        "the same input and recipe give the same bytes"
+    );
+    let source = mlac_model::Checkpoint::open(bench.model()).unwrap();
+    let converted = mlac_model::Checkpoint::open(bench.path("a")).unwrap();
+    let mut copied = 0;
+    for info in converted.tensors() {
+        if info.name.starts_with("model.layers.1.self_attn.") {
+            continue;
+        }
+        assert_eq!(
+            source.bytes(&info.name).unwrap(),
+            converted.bytes(&info.name).unwrap(),
+            "{}",
+            info.name
+        );
+        copied += 1;
+    }
+    assert!(copied > 5);
+}
+
+#[test]
+fn compile_leaves_a_report_that_agrees_with_the_plan() {
+    let bench = Bench::with("llama_gqa");
+    let text = bench.text("text.txt", 4000);
+    let text = text.to_str().unwrap();
+    let args = [
+        "compile",
+        "model",
+        "-o",
+        "out",
+        "--budget",
+        "0.5",
+        "--calib",
+        text,
+        "--calib-windows",
+        "2",
+        "--calib-window",
+        "64",
+        "--eval",
+        text,
+        "--eval-window",
+        "64",
+        "--eval-windows",
+        "2",
+        "--contexts",
+        "16,32",
+        "--prompt",
+        "a jar",
+    ];
+    // The fixture promises 128 positions, the report's parity text has 256 tokens: still defined for RoPE.
+    let out = bench.run(&args).succeeds();
+    assert!(
+        out.contains("perplexity") && out.contains("passed") && !out.contains("FAILED"),
+        "{out}"
+    );
+    let report: serde_json::Value =
+        serde_json::from_slice(&fs::read(bench.path("out/report.json")).unwrap()).unwrap();
+    assert!(
+        report["mla_cache_numbers"].as_u64() <= report["gqa_cache_numbers"].as_u64().map(|n| n / 2)
+    );
+    let page = fs::read_to_string(bench.path("out/report.html")).unwrap();
+    assert!(page.matches("<svg").count() >= 5, "five charts");
+    assert!(
+        !page.contains("http://") || page.contains("www.w3.org"),
+        "the page loads nothing from elsewhere"
+    );
+    assert!(bench.path("out/checkpoint/model.safetensors").is_file());
+}
+
+#[test]
+fn engines_are_built_and_a_changed_input_is_named() {
+    let bench = Bench::with("llama_gqa");
+    bench
+        .run(&[
+            "convert", "model", "-o", "mla", "--budget", "0.5", "--calib", "none",
+        ])
+        .succeeds();
+    bench
+        .run(&[
+            "export",
+            "mla",
+            "-o",
+            "onnx",
+            "--dtype",
+            "f16",
+            "--tensorrt",
+        ])
+        .succeeds();
+    let shapes = [
+        "--max-batch",
+        "2",
+        "--max-context",
+        "128",
+        "--max-prefill",
+        "64",
+    ];
+    let mut build = vec!["build", "onnx", "-o", "engines", "--target", "sm89,sm120"];
+    build.extend(shapes);
+    bench.run(&build).succeeds();
+    let manifest: serde_json::Value =
+        serde_json::from_slice(&fs::read(bench.path("engines/manifest.json")).unwrap()).unwrap();
+    for engine in manifest["engines"].as_array().unwrap() {
+        let file = bench.path("engines").join(engine["file"].as_str().unwrap());
+        assert_eq!(
+            fs::metadata(file).unwrap().len(),
+            engine["bytes"].as_u64().unwrap()
+        );
+    }
+    bench
+        .run(&["build", "onnx", "-o", "engines", "--check"])
+        .succeeds();
+    let data = bench.path("onnx/decoder.onnx.data");
+    let mut bytes = fs::read(&data).unwrap();
+    bytes[0] ^= 1;
+    fs::write(&data, bytes).unwrap();
+    let stale = bench.run(&["build", "onnx", "-o", "engines", "--check"]);
+    assert_eq!(stale.code(), 1, "{}", stale.err());
+    assert!(
+        stale.out().contains("decoder.onnx.data") && stale.out().contains("sha256"),
+        "{}",
+        stale.out()
+    );
+    bench
+        .run(&["build", "onnx", "-o", "other", "--target", "sm90"])
+        .refuses(&["sm90"]);
+    assert!(!bench.path("other").exists());
+}
