@@ -8,6 +8,7 @@ pub mod export;
 pub mod fixtures;
 pub mod python;
 pub mod runtime;
+pub mod smollm2;
 pub mod words;
 
 /// What a test step fails with: any error as text.

@@ -16,7 +16,7 @@ use mlac_tests::export::{export, standard};
 use mlac_tests::fixtures::{self, Fixture, MODELS, STEPWISE};
 use mlac_tests::python::{self, Job};
 use mlac_tests::words::{with_tokenizer, words};
-use mlac_tests::{Outcome, text};
+use mlac_tests::{Outcome, runtime, smollm2, text};
 
 /// Of the logits' scale, against transformers: rounding of products of f32 weights.
 const EXACT: f64 = 1e-4;
@@ -241,4 +241,20 @@ fn half(method: &str) {
         });
     }
     cases.finish(3 * MODELS);
+}
+
+#[test]
+fn smollm2_at_full_rank_decodes_as_transformers() {
+    let scratch = tempfile::tempdir().unwrap();
+    let (mla, onnx) = (scratch.path().join("mla"), scratch.path().join("onnx"));
+    convert(
+        &runtime::smollm2().unwrap(),
+        &mla,
+        &["--kv-lora-rank", "max"],
+    )
+    .unwrap();
+    export(&mla, &onnx, standard()).unwrap();
+    let mut cases = Cases::new();
+    smollm2::compare(&mut cases, &onnx).unwrap();
+    cases.finish(48);
 }

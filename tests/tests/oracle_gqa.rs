@@ -1,23 +1,20 @@
 //! Checkpoints of every supported architecture, exported and run in ONNX Runtime, give the logits
 //! that transformers computed: a prefill of 24 tokens, then 32 decode steps with the cache.
 
-use mlac_engines::ort::{Decoder, SessionOptions};
 use mlac_graph::builders::{DecoderOptions, GqaForm, Runtime};
 use mlac_graph::ir::DType;
 use mlac_model::Checkpoint;
 use mlac_tests::cases::Cases;
-use mlac_tests::compare::{Difference, require_close};
+use mlac_tests::compare::Difference;
 use mlac_tests::decode::compare;
 use mlac_tests::export::{export, standard, with_gqa};
-use mlac_tests::fixtures::{self, Fixture, MODELS, PIECES, PREFILL, STEPWISE};
-use mlac_tests::{Outcome, runtime, text};
+use mlac_tests::fixtures::{self, Fixture, MODELS, PIECES, STEPWISE};
+use mlac_tests::{Outcome, runtime, smollm2, text};
 
 /// Of the logits' scale; two f32 implementations of these models differ by about 1e-6.
 const TOLERANCE: f64 = 2e-5;
 /// Of the logits' scale, for weights, activations and caches in f16.
 const F16_TOLERANCE: f64 = 2e-2;
-/// Of the largest recorded number of a token, for `SmolLM2`'s 30 layers.
-const SMOLLM2_TOLERANCE: f64 = 1e-4;
 
 fn check(
     model: &Fixture,
@@ -96,43 +93,10 @@ fn f16_stays_close_to_transformers() {
 
 #[test]
 fn smollm2_decodes_as_transformers() {
-    let oracle = fixtures::smollm2().unwrap();
     let gguf = runtime::smollm2().unwrap();
     let folder = tempfile::tempdir().unwrap();
     export(&gguf, folder.path(), standard()).unwrap();
-    let mut decoder = Decoder::open(folder.path(), &SessionOptions::default()).unwrap();
-    let mut rows = Vec::new();
-    let first = decoder.prefill(&oracle.input_ids[..PREFILL]).unwrap();
-    rows.extend((0..PREFILL).map(|at| first.row(0, at).into_owned()));
-    for &id in &oracle.input_ids[PREFILL..] {
-        rows.push(decoder.step(id).unwrap().last(0).into_owned());
-    }
-    assert_eq!(rows.len(), oracle.top1.len());
-
     let mut cases = Cases::new();
-    let probes = oracle.probe_logits.chunks(oracle.probe_ids.len());
-    for (at, (row, probes)) in rows.iter().zip(probes).enumerate() {
-        cases.measure(format!("token {at}"), || {
-            let top = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b]));
-            if top.map(|id| id as i64) != Some(oracle.top1[at]) {
-                return Err(format!("top token {top:?}, expected {}", oracle.top1[at]));
-            }
-            let most = row.iter().copied().fold(f32::MIN, f32::max);
-            let sum: f64 = row.iter().map(|&x| f64::from(x - most).exp()).sum();
-            // Recorded logits, then the logsumexp.
-            let found: Vec<f64> = oracle
-                .probe_ids
-                .iter()
-                .map(|&id| f64::from(row[id as usize]))
-                .chain([f64::from(most) + sum.ln()])
-                .collect();
-            let expected: Vec<f64> = probes
-                .iter()
-                .chain([&oracle.logsumexp[at]])
-                .map(|&x| f64::from(x))
-                .collect();
-            require_close(&found, &expected, &[found.len()], SMOLLM2_TOLERANCE)
-        });
-    }
+    smollm2::compare(&mut cases, folder.path()).unwrap();
     cases.finish(48);
 }
