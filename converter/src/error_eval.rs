@@ -1,7 +1,8 @@
 //! The error of a converted layer on the kept windows.
 //!
-//! `error = sum_t |W_o' o'_t + b' - W_o o_t|^2 / sum_t |W_o o_t|^2` over the evaluated query rows,
-//! o the original head outputs, o' the converted ones. Both attend over the same keys of the
+//! `error = sum_t |W_o' o'_t + b' - T_t|^2 / sum_t |T_t|^2` over the evaluated query rows, o' the
+//! head outputs of the converted layer, T what the layer should put out: the target given with the
+//! window, or else `W_o o_t` of the original layer on the same window. Both attend over the same keys of the
 //! window; the softmax is computed in full, so this is the true error of the layer, not a bound.
 
 use faer::MatRef;
@@ -39,7 +40,10 @@ impl<'a> LayerEvaluator<'a> {
             .iter()
             .map(|sample| Target {
                 sample,
-                output: original_heads(attention, sample).times_transposed(o),
+                output: sample
+                    .targets
+                    .clone()
+                    .unwrap_or_else(|| original_heads(attention, sample).times_transposed(o)),
             })
             .collect();
         let energy: f64 = windows.iter().map(|w| square_sum(w.output.data())).sum();
@@ -51,25 +55,42 @@ impl<'a> LayerEvaluator<'a> {
         })
     }
 
+    /// What the layer should put out at the evaluated rows of a kept window, `[rows, D]`.
+    pub(crate) fn targets(&self, window: usize) -> &Matrix<f32> {
+        &self.windows[window].output
+    }
+
+    /// Relative squared error on one kept window.
+    pub(crate) fn window_error(&self, window: usize, factors: &LayerFactors) -> f64 {
+        let window = &self.windows[window];
+        let energy = square_sum(window.output.data());
+        let error = self.square_error(window, factors);
+        if energy > 0.0 { error / energy } else { 0.0 }
+    }
+
     /// Relative squared error of the layer's output; uses the refitted `o_proj` where there is one.
     pub fn error(&self, factors: &LayerFactors) -> f64 {
+        self.windows
+            .iter()
+            .map(|w| self.square_error(w, factors))
+            .sum::<f64>()
+            / self.energy
+    }
+
+    fn square_error(&self, window: &Target<'_>, factors: &LayerFactors) -> f64 {
         let refitted = factors.o.as_ref().map(Matrix::cast::<f32>);
         let o = refitted.as_ref().unwrap_or(self.o);
-        let mut total = 0.0;
-        for window in &self.windows {
-            let mut difference =
-                converted_heads(self.attention, factors, window.sample).times_transposed(o);
-            difference.add_scaled(&window.output, -1.0);
-            if let Some(bias) = &factors.o_bias {
-                for t in 0..difference.rows() {
-                    for (x, b) in difference.row_mut(t).iter_mut().zip(bias) {
-                        *x += *b as f32;
-                    }
+        let mut difference =
+            converted_heads(self.attention, factors, window.sample).times_transposed(o);
+        difference.add_scaled(&window.output, -1.0);
+        if let Some(bias) = &factors.o_bias {
+            for t in 0..difference.rows() {
+                for (x, b) in difference.row_mut(t).iter_mut().zip(bias) {
+                    *x += *b as f32;
                 }
             }
-            total += square_sum(difference.data());
         }
-        total / self.energy
+        square_sum(difference.data())
     }
 }
 

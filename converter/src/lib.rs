@@ -13,6 +13,7 @@
 mod attention;
 mod error;
 pub mod error_eval;
+mod gradient;
 mod layer;
 pub mod linalg;
 pub mod methods;
@@ -39,4 +40,5 @@ pub use statistics::{
     DistancePrior, LayerStatistics, StatisticsOptions, WindowActivations, prior_statistics,
 };
 pub use steps::compose::{MlaTensors, compose};
+pub use steps::polish::PolishOptions;
 pub use steps::refit::{OutputRefit, RefitOptions, Refitted};

@@ -13,8 +13,8 @@ use faer::MatRef;
 use crate::layer::Attention;
 use crate::linalg::{Matrix, Threads, gemm};
 
-/// Query rows of one parallel task.
-pub(crate) const ROW_BLOCK: usize = 64;
+/// Most query rows of one parallel task.
+const ROW_BLOCK: usize = 64;
 
 /// A block of query rows and the keys they can see.
 #[derive(Debug, Clone)]
@@ -25,12 +25,14 @@ pub(crate) struct RowBlock {
     pub(crate) keys: Range<usize>,
 }
 
-/// Cuts ascending query positions into blocks.
+/// Cuts ascending query positions into blocks: four or more, so that most keys a block computes are
+/// visible, of 16 rows or more, so that products stay efficient.
 pub(crate) fn row_blocks(positions: &[usize], attention: &Attention) -> Vec<RowBlock> {
+    let size = (positions.len() / 4).clamp(16, ROW_BLOCK);
     (0..positions.len())
-        .step_by(ROW_BLOCK)
+        .step_by(size)
         .map(|start| {
-            let rows = start..(start + ROW_BLOCK).min(positions.len());
+            let rows = start..(start + size).min(positions.len());
             let keys = attention.first_visible(positions[rows.start])..positions[rows.end - 1] + 1;
             RowBlock { rows, keys }
         })

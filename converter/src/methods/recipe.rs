@@ -12,6 +12,7 @@ use crate::steps::balance::{Balance, balance};
 use crate::steps::basis::{Basis, components};
 use crate::steps::constant::{Constant, constants};
 use crate::steps::lowrank::{JointProblem, Metric, QueryWeights, query_energy, query_moments};
+use crate::steps::polish::{PolishOptions, polish};
 use crate::steps::refit::RefitOptions;
 use crate::steps::select::{Selection, importance, select};
 use crate::steps::weights::{TokenWeights, token_moment};
@@ -33,6 +34,9 @@ pub struct Recipe {
     pub metric: Metric,
     /// K/V balance.
     pub balance: Balance,
+    /// Descent on the error of the layer's output after the closed form; `None`: leave it out.
+    /// Needs at least two kept windows, better all of them.
+    pub polish: Option<PolishOptions>,
     /// Refit of `o_proj`, done by the caller with [`crate::OutputRefit`] on the converted layer's
     /// activations; `None`: keep the original.
     pub refit: Option<RefitOptions>,
@@ -53,6 +57,7 @@ impl Default for Recipe {
                 values: vec![0.25, 0.5, 1.0, 2.0],
                 fallback: 0.5,
             },
+            polish: None,
             refit: Some(RefitOptions::default()),
         }
     }
@@ -112,7 +117,7 @@ pub fn convert_layer(
             problem.floored()
         ));
     }
-    let report = LayerReport {
+    let mut report = LayerReport {
         layer: weights.layer,
         method: "recipe".into(),
         ranks,
@@ -137,11 +142,29 @@ pub fn convert_layer(
             .find(|(b, _)| *b == balanced.beta)
             .map(|(_, e)| *e),
         beta_errors: balanced.errors,
+        polish_error_before: None,
+        polish_error_after: None,
         refit_error_before: None,
         refit_error_after: None,
         notes,
     };
-    Ok((balanced.factors, report))
+    let mut factors = balanced.factors;
+    if let Some(options) = recipe.polish
+        && let Some(polished) = polish(
+            statistics,
+            &weights.o.weight,
+            &factors,
+            &moment,
+            &queries,
+            options,
+        )?
+    {
+        report.polish_error_before = Some(polished.error_before);
+        report.polish_error_after = Some(polished.error_after);
+        factors = polished.factors;
+        report.error = evaluator.map(|e| e.error(&factors));
+    }
+    Ok((factors, report))
 }
 
 /// Refuses inputs that do not belong together.

@@ -17,6 +17,37 @@ impl LayerStatistics {
     /// them come token weights, distances and sensitivities. Query moments and the unweighted
     /// moment use every token.
     pub fn accumulate(&mut self, window: &WindowActivations<'_>) -> Result<(), Error> {
+        self.add(window, None)
+    }
+
+    /// Adds one window together with what the layer should put out for it, `[L, D]` (without the
+    /// bias of `o_proj`): in sequential calibration the original model's attention output, while
+    /// the window comes from the converted layers below. Errors are then measured against it.
+    pub fn accumulate_with_target(
+        &mut self,
+        window: &WindowActivations<'_>,
+        target: &[f32],
+    ) -> Result<(), Error> {
+        let expected = window.tokens * self.attention.shape.hidden;
+        if target.len() != expected || max_abs_finite(target).is_none() {
+            return Err(refuse(
+                format!("attention outputs of layer {}", self.layer),
+                format!(
+                    "{expected} finite numbers ([{}, {}])",
+                    window.tokens, self.attention.shape.hidden
+                ),
+                if target.len() == expected {
+                    "NaN or infinity".to_owned()
+                } else {
+                    target.len().to_string()
+                },
+                "export the calibration graph again from the same checkpoint",
+            ));
+        }
+        self.add(window, Some(target))
+    }
+
+    fn add(&mut self, window: &WindowActivations<'_>, target: Option<&[f32]>) -> Result<(), Error> {
         self.check_window(window)?;
         let shape = self.attention.shape;
         let (tokens, d) = (window.tokens, shape.head_dim);
@@ -116,7 +147,8 @@ impl LayerStatistics {
                 split_mix(!self.options.seed),
             );
             let chosen = chosen.into_iter().map(|i| positions[i]).collect();
-            self.samples.push(WindowSample::new(window, &shape, chosen));
+            self.samples
+                .push(WindowSample::new(window, &shape, chosen, target));
         }
         self.windows += 1;
         self.tokens += tokens;

@@ -143,8 +143,12 @@ pub(crate) fn statistics_from_weights(
                 distance_p2: distances.clone(),
                 p2: 1.0,
                 sensitivity: alpha,
-                rotation_energy: vec![1.0; d / 2],
-                rotation: rotation.clone(),
+                rotation: rotation
+                    .iter()
+                    .zip(&contribution)
+                    .map(|(m, e)| *m * *e)
+                    .collect(),
+                rotation_energy: contribution,
                 output_metric: head.output_metric.clone(),
             };
         });

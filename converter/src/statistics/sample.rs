@@ -13,6 +13,9 @@ pub struct WindowSample {
     pub positions: Vec<usize>,
     /// Their queries before rotation: `[rows, H*d]`.
     pub queries: Matrix<f32>,
+    /// What the layer should put out at these rows `[rows, D]`; `None`: what the original layer puts
+    /// out on this window.
+    pub targets: Option<Matrix<f32>>,
 }
 
 impl WindowSample {
@@ -21,17 +24,18 @@ impl WindowSample {
         window: &WindowActivations<'_>,
         shape: &AttentionShape,
         positions: Vec<usize>,
+        target: Option<&[f32]>,
     ) -> Self {
-        let queries = positions
-            .iter()
-            .flat_map(|&t| &window.q[t * shape.query_width()..(t + 1) * shape.query_width()]);
+        let rows = |data: &[f32], width: usize| {
+            let picked = positions
+                .iter()
+                .flat_map(|&t| &data[t * width..(t + 1) * width]);
+            Matrix::from_vec(positions.len(), width, picked.copied().collect())
+        };
         Self {
             stacked: stack(window, shape),
-            queries: Matrix::from_vec(
-                positions.len(),
-                shape.query_width(),
-                queries.copied().collect(),
-            ),
+            queries: rows(window.q, shape.query_width()),
+            targets: target.map(|data| rows(data, shape.hidden)),
             positions,
         }
     }
@@ -64,7 +68,7 @@ pub(super) fn stratified_positions(tokens: usize, count: usize, seed: u64) -> Ve
 }
 
 /// One step of SplitMix64 (Steele, Lea, Flood 2014).
-pub(super) fn split_mix(seed: u64) -> u64 {
+pub(crate) fn split_mix(seed: u64) -> u64 {
     let mut z = seed.wrapping_add(0x9e37_79b9_7f4a_7c15);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
