@@ -1,6 +1,7 @@
 //! The invariants of a finished graph.
 //!
-//! [`seal`](GraphBuilder::finish) checks, and nothing can be written that does not hold them:
+//! [`GraphBuilder::finish`](crate::ir::GraphBuilder::finish) checks them all; nothing that breaks one can
+//! be written:
 //!
 //! 1. Handles: every handle in a node, an input or an output points into the graph.
 //! 2. Single assignment: every value is defined once, where its definition says, and a node's
@@ -15,8 +16,6 @@
 //!    elements as the shape has; one checkpoint tensor has one source shape.
 //! 10. Caches: every input `past_*` has one output `present*` of the same type and rank, equal in
 //!     all axes but one, which grows by the new tokens; and the other way round.
-//!
-//! [`GraphBuilder::finish`]: crate::ir::GraphBuilder::finish
 
 use std::collections::{BTreeMap, BTreeSet};
 

@@ -243,6 +243,8 @@ impl fmt::Display for Dim {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -287,5 +289,36 @@ mod tests {
         assert_eq!((&past + &Dim::known(1)).split_constant(), (past.clone(), 1));
         assert_eq!(past.split_constant(), (past.clone(), 0));
         assert_eq!(Dim::known(3).split_constant(), (Dim::known(0), 3));
+    }
+
+    /// Any polynomial of two terms over three symbols.
+    fn polynomial() -> impl Strategy<Value = Dim> {
+        let term =
+            (-3i64..4, proptest::collection::vec(0usize..3, 0..3)).prop_map(|(n, symbols)| {
+                let symbols: Vec<Dim> = symbols
+                    .into_iter()
+                    .map(|s| Dim::symbol(["batch", "past", "seq"][s]))
+                    .collect();
+                &Dim::constant(n) * &Dim::product(&symbols)
+            });
+        (term.clone(), term).prop_map(|(a, b)| &a + &b)
+    }
+
+    proptest! {
+        #[test]
+        fn arithmetic_is_that_of_polynomials(
+            a in polynomial(), b in polynomial(), c in polynomial(),
+        ) {
+            prop_assert_eq!(&(&a + &b) * &c, &(&a * &c) + &(&b * &c));
+            prop_assert_eq!(&(&a - &b) + &b, a.clone());
+            let (rest, constant) = a.split_constant();
+            prop_assert_eq!(&rest + &Dim::constant(constant), a);
+        }
+
+        #[test]
+        fn division_undoes_multiplication(a in polynomial(), b in polynomial()) {
+            prop_assume!(b != Dim::known(0));
+            prop_assert_eq!((&a * &b).exact_div(&b), Some(a));
+        }
     }
 }

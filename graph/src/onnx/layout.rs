@@ -203,6 +203,8 @@ fn check_half(weight: &WeightRef, piece: &[f32], halves: &[f16]) -> Result<(), R
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn written(weight: &WeightRef, source: &[f32]) -> Vec<u8> {
@@ -249,59 +251,6 @@ mod tests {
     }
 
     #[test]
-    fn splits_kv_b_into_keys_and_transposed_values() {
-        let (heads, d_nope, d_v, r) = (3, 5, 4, 7);
-        let source = numbers(heads * (d_nope + d_v) * r);
-        let shape = [heads * (d_nope + d_v), r];
-        let key = weight(
-            shape,
-            Transform::KvBKey { heads, d_nope, d_v },
-            &[heads, d_nope, r],
-        );
-        let value = weight(
-            shape,
-            Transform::KvBValue { heads, d_nope, d_v },
-            &[heads, r, d_v],
-        );
-        let (key, value) = (written(&key, &source), written(&value, &source));
-        let (key, value): (&[f32], &[f32]) =
-            (bytemuck::cast_slice(&key), bytemuck::cast_slice(&value));
-        for h in 0..heads {
-            for l in 0..r {
-                for i in 0..d_nope {
-                    let expected = source[(h * (d_nope + d_v) + i) * r + l];
-                    assert_eq!(key[(h * d_nope + i) * r + l].to_bits(), expected.to_bits());
-                }
-                for i in 0..d_v {
-                    let expected = source[(h * (d_nope + d_v) + d_nope + i) * r + l];
-                    assert_eq!(value[(h * r + l) * d_v + i].to_bits(), expected.to_bits());
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn transposes_every_head() {
-        let (heads, d_r, d) = (3, 2, 5);
-        let source = numbers(heads * d_r * d);
-        let w = weight(
-            [heads * d_r, d],
-            Transform::HeadTranspose { heads },
-            &[heads, d, d_r],
-        );
-        let bytes = written(&w, &source);
-        let found: &[f32] = bytemuck::cast_slice(&bytes);
-        for h in 0..heads {
-            for i in 0..d_r {
-                for j in 0..d {
-                    let expected = source[(h * d_r + i) * d + j];
-                    assert_eq!(found[(h * d + j) * d_r + i].to_bits(), expected.to_bits());
-                }
-            }
-        }
-    }
-
-    #[test]
     fn refuses_nan_and_what_f16_cannot_hold() {
         let mut w = weight([1, 2], Transform::AsIs, &[1, 2]);
         let mut sink = |_: &[u8]| Ok(());
@@ -314,5 +263,37 @@ mod tests {
             panic!("70000 passed as f16");
         };
         assert_eq!(large.found, "70000");
+    }
+
+    proptest! {
+        /// Every transform against its definition, element by element; small sizes around the size
+        /// of a task.
+        #[test]
+        fn layouts_follow_their_definition(
+            heads in 1usize..4, a in 1usize..40, b in 1usize..40, cols in 1usize..40,
+        ) {
+            let rows = heads * (a + b);
+            let source = numbers(rows * cols);
+            let check = |transform, out: &[usize], at: &dyn Fn(usize) -> usize| {
+                let bytes = written(&weight([rows, cols], transform, out), &source);
+                let found: &[f32] = bytemuck::cast_slice(&bytes);
+                let expected: Vec<f32> = (0..out.iter().product()).map(|i| source[at(i)]).collect();
+                prop_assert_eq!(found, &expected[..]);
+                Ok(())
+            };
+            check(Transform::AsIs, &[rows, cols], &|i| i)?;
+            check(Transform::Transpose2D, &[cols, rows], &|i| i % rows * cols + i / rows)?;
+            let (d_nope, d_v) = (a, b);
+            check(Transform::KvBKey { heads, d_nope, d_v }, &[heads, a, cols], &|i| {
+                (i / (a * cols) * (a + b) + i / cols % a) * cols + i % cols
+            })?;
+            check(Transform::KvBValue { heads, d_nope, d_v }, &[heads, cols, b], &|i| {
+                (i / (b * cols) * (a + b) + a + i % b) * cols + i / b % cols
+            })?;
+            let per_head = a + b;
+            check(Transform::HeadTranspose { heads }, &[heads, cols, per_head], &|i| {
+                (i / (per_head * cols) * per_head + i % per_head) * cols + i / per_head % cols
+            })?;
+        }
     }
 }
