@@ -17,7 +17,8 @@ use crate::ort::cache_layouts;
 /// What to build.
 #[derive(Debug, Clone)]
 pub struct BuildOptions {
-    /// One engine of each graph per target.
+    /// One engine file of each graph per target. [`Builder::build`] can also put several targets into
+    /// one file, in about the time and size of one.
     pub targets: Vec<Target>,
     /// What the engines are to take.
     pub profiles: Profiles,

@@ -143,7 +143,7 @@ pub(super) fn compiler() -> Result<PathBuf, TaskError> {
                 || format!("no `{}`", path.display()),
                 |answer| tail(&answer.text, 2),
             ),
-            "g++ 9 or later, to compile the 200-line TensorRT shim",
+            "g++ 9 or later, to compile the TensorRT shim",
             "install g++ (Debian: apt-get install g++), or set CXX to a C++17 compiler",
         )),
     }
