@@ -5,13 +5,13 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// A folder for one test, removed at its end, with a copy of a fixture model that has a tokenizer.
-pub struct Bench {
+pub(crate) struct Bench {
     folder: tempfile::TempDir,
 }
 
 impl Bench {
     /// Copies the fixture `name` and gives it a tokenizer of one token per ASCII character.
-    pub fn with(name: &str) -> Self {
+    pub(crate) fn with(name: &str) -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let source = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("../tests/fixtures")
@@ -30,17 +30,17 @@ impl Bench {
     }
 
     /// A path in the test's folder.
-    pub fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
     /// The model.
-    pub fn model(&self) -> PathBuf {
+    pub(crate) fn model(&self) -> PathBuf {
         self.path("model")
     }
 
     /// Writes a text of `characters` characters (one token each) and returns its path.
-    pub fn text(&self, name: &str, characters: usize) -> PathBuf {
+    pub(crate) fn text(&self, name: &str, characters: usize) -> PathBuf {
         let words = "the shelf holds a jar of nails, two maps; and 31 letters (unread)\n";
         let text: String = words.chars().cycle().take(characters).collect();
         let path = self.path(name);
@@ -49,13 +49,13 @@ impl Bench {
     }
 
     /// Runs `mlac` in the test's folder.
-    pub fn run(&self, args: &[&str]) -> Run {
+    pub(crate) fn run(&self, args: &[&str]) -> Run {
         let output = self.command(args).output().expect("mlac runs");
         Run(output)
     }
 
     /// The command, not yet started.
-    pub fn command(&self, args: &[&str]) -> Command {
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_mlac"));
         command.args(args).current_dir(self.folder.path());
         command
@@ -63,27 +63,27 @@ impl Bench {
 }
 
 /// What a run printed and how it ended.
-pub struct Run(pub Output);
+pub(crate) struct Run(pub(crate) Output);
 
 impl Run {
     /// The exit code.
-    pub fn code(&self) -> i32 {
+    pub(crate) fn code(&self) -> i32 {
         self.0.status.code().unwrap_or(-1)
     }
 
     /// Standard output.
-    pub fn out(&self) -> String {
+    pub(crate) fn out(&self) -> String {
         String::from_utf8_lossy(&self.0.stdout).into_owned()
     }
 
     /// Standard error.
-    pub fn err(&self) -> String {
+    pub(crate) fn err(&self) -> String {
         String::from_utf8_lossy(&self.0.stderr).into_owned()
     }
 
     /// Fails the test unless the run ended well.
     #[track_caller]
-    pub fn succeeds(&self) -> String {
+    pub(crate) fn succeeds(&self) -> String {
         assert_eq!(
             self.code(),
             0,
@@ -96,7 +96,7 @@ impl Run {
 
     /// Fails the test unless the run was refused with exit code 2 and says all of `words`.
     #[track_caller]
-    pub fn refuses(&self, words: &[&str]) {
+    pub(crate) fn refuses(&self, words: &[&str]) {
         let err = self.err();
         assert_eq!(self.code(), 2, "stderr: {err}\nstdout: {}", self.out());
         for word in words.iter().chain(&["expected", "found", "fix"]) {
@@ -125,7 +125,7 @@ fn tokenizer() -> String {
 }
 
 /// Every file below `folder` with its bytes, by relative path.
-pub fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
+pub(crate) fn contents(folder: &Path) -> Vec<(PathBuf, Vec<u8>)> {
     let mut files = Vec::new();
     let mut open = vec![folder.to_path_buf()];
     while let Some(at) = open.pop() {
