@@ -100,6 +100,9 @@ pub(crate) struct Differentiable<'a> {
     pub(crate) table: &'a RotationTable,
 }
 
+/// Gradients of one head's `w_uk`, `w_uv` and `q_rope`.
+type HeadGradient = [Matrix<f32>; 3];
+
 /// What the forward pass of one head and block of rows leaves.
 struct Forward {
     /// Absorbed queries, turned and scaled `[m, r + d_r]`.
@@ -162,7 +165,7 @@ impl Differentiable<'_> {
         // Groups of heads in parallel; within a group one after the other onto the same sums.
         let group = shape.query_heads.div_ceil(HEAD_GROUPS);
         let forward = &forward;
-        let parts: Vec<(Matrix<f32>, Vec<[Matrix<f32>; 3]>)> = (0..shape.query_heads)
+        let parts: Vec<(Matrix<f32>, Vec<HeadGradient>)> = (0..shape.query_heads)
             .collect::<Vec<_>>()
             .par_chunks(group)
             .map(|group| {
@@ -292,7 +295,7 @@ impl Differentiable<'_> {
         rows: &Matrix<f32>,
         forward: &Forward,
         gradient: MatRef<'_, f32>,
-        [w_uk, w_uv, q_rope]: &mut [Matrix<f32>; 3],
+        [w_uk, w_uv, q_rope]: &mut HeadGradient,
         rows_gradient: &mut Matrix<f32>,
     ) {
         let (d, r, width) = (self.attention.shape.head_dim, self.latent, rows.cols());

@@ -79,7 +79,7 @@ impl Budget {
                         "use the default of 16",
                     ));
                 }
-                if fraction == 1.0 {
+                if fraction >= 1.0 {
                     return plan(RankChoice::exact(shape), 1, None);
                 }
                 let total = (fraction * gqa_width as f64 + 1e-9).floor() as usize;

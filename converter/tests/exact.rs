@@ -99,7 +99,7 @@ fn full_rank_reproduces_scores_and_outputs() {
     assert!(failures.is_empty(), "{}", failures.join("\n"));
 }
 
-/// With one KV head TransMLA at d_r = d is exact too.
+/// With one KV head `TransMLA` at `d_r = d` is exact too.
 #[test]
 fn transmla_is_exact_where_every_component_is_kept() {
     let weights = random_layer(

@@ -8,7 +8,15 @@ use faer::{Accum, MatMut, MatRef, Par};
 
 /// An element type of [`Matrix`]: f32 or f64.
 pub trait Element:
-    faer::traits::RealField + Copy + Default + PartialOrd + Send + Sync + 'static
+    faer::traits::RealField
+    + std::ops::AddAssign
+    + std::ops::MulAssign
+    + Copy
+    + Default
+    + PartialOrd
+    + Send
+    + Sync
+    + 'static
 {
     /// Rounds from f64.
     fn from_f64(value: f64) -> Self;
@@ -186,7 +194,7 @@ impl<T: Element> Matrix<T> {
     /// Every element times `factor`.
     pub fn scale(&mut self, factor: T) {
         for x in &mut self.data {
-            *x = *x * factor;
+            *x *= factor;
         }
     }
 
@@ -201,7 +209,7 @@ impl<T: Element> Matrix<T> {
             "summands share a shape"
         );
         for (x, y) in self.data.iter_mut().zip(&other.data) {
-            *x = *x + *y * factor;
+            *x += *y * factor;
         }
     }
 

@@ -71,6 +71,7 @@ pub fn convert_layer(
     recipe: &Recipe,
 ) -> Result<(LayerFactors, LayerReport), Error> {
     check(weights, statistics, ranks)?;
+    recipe.token_weights.check()?;
     let attention = &weights.attention;
     let shape = attention.shape;
 
@@ -136,11 +137,7 @@ pub fn convert_layer(
             1.0
         },
         beta: balanced.beta,
-        error: balanced
-            .errors
-            .iter()
-            .find(|(b, _)| *b == balanced.beta)
-            .map(|(_, e)| *e),
+        error: balanced.error,
         beta_errors: balanced.errors,
         polish_error_before: None,
         polish_error_after: None,

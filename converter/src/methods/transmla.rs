@@ -43,7 +43,7 @@ pub fn convert_layer_transmla(
     let attention = &weights.attention;
     let shape = attention.shape;
     let d_r = ranks.qk_rope_head_dim;
-    if shape.head_dim % d_r != 0 {
+    if !shape.head_dim.is_multiple_of(d_r) {
         return Err(refuse(
             "qk_rope_head_dim with --method transmla",
             format!("a divisor of head_dim {}", shape.head_dim),
@@ -53,7 +53,7 @@ pub fn convert_layer_transmla(
     }
     let collapse = shape.head_dim / d_r;
     let fold = options.freqfold.unwrap_or(collapse);
-    if fold == 0 || fold % collapse != 0 || shape.frequencies() % fold != 0 {
+    if fold == 0 || !fold.is_multiple_of(collapse) || !shape.frequencies().is_multiple_of(fold) {
         return Err(refuse(
             "freqfold",
             format!(
@@ -140,9 +140,9 @@ fn fold_split(
         for c in 0..size {
             let vector: Vec<f64> = (0..size).map(|a| eigen.vectors[(a, c)]).collect();
             if c < kept_per_group {
-                kept.push((i, c, vector))
+                kept.push((i, c, vector));
             } else {
-                dropped.push((i, c, vector))
+                dropped.push((i, c, vector));
             }
         }
     }

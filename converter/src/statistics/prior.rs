@@ -97,7 +97,9 @@ pub(crate) fn statistics_from_weights(
         .map(|x| (1.0 + x as f64).powf(-prior.exponent))
         .collect();
     let total: f64 = distances.iter().sum();
-    distances.iter_mut().for_each(|x| *x /= total);
+    for x in &mut distances {
+        *x /= total;
+    }
 
     let rotation = mean_rotation(attention, &distances);
     let mut statistics = LayerStatistics::new(

@@ -49,7 +49,7 @@ pub fn split(
         .map(|c| {
             c.encoder
                 .iter()
-                .map(|e| e.norm_sqr())
+                .map(c64::norm_sqr)
                 .sum::<f64>()
                 .sqrt()
                 .max(f64::MIN_POSITIVE)

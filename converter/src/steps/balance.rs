@@ -36,6 +36,8 @@ pub struct Balanced {
     pub spectrum: Vec<f64>,
     /// The chosen beta.
     pub beta: f64,
+    /// Relative squared error of the layer's output at the chosen beta, with kept windows.
+    pub error: Option<f64>,
     /// Error of the layer's output at every tried beta.
     pub errors: Vec<(f64, f64)>,
 }
@@ -76,6 +78,7 @@ pub fn balance(
                     factors,
                     spectrum,
                     beta,
+                    error,
                     errors: Vec::new(),
                 },
             ));

@@ -7,6 +7,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::error::{Error, refuse};
 use crate::linalg::Matrix;
 use crate::statistics::LayerStatistics;
 
@@ -28,6 +29,29 @@ pub enum TokenWeights {
         /// Share of the total weight that is spread uniformly, from 0 to 1.
         uniform_share: f64,
     },
+}
+
+impl TokenWeights {
+    /// Refuses shares that are not fractions of one whole.
+    pub fn check(self) -> Result<(), Error> {
+        let (sensitive, uniform) = match self {
+            Self::Uniform => (0.0, 1.0),
+            Self::Attention { uniform_share } => (0.0, uniform_share),
+            Self::Sensitivity {
+                sensitive_share,
+                uniform_share,
+            } => (sensitive_share, uniform_share),
+        };
+        if sensitive >= 0.0 && uniform >= 0.0 && sensitive + uniform <= 1.0 {
+            return Ok(());
+        }
+        Err(refuse(
+            "token weights",
+            "shares of at least 0 that sum to at most 1",
+            format!("{sensitive} and {uniform}"),
+            "use the default",
+        ))
+    }
 }
 
 /// The weighted second moment `E_w[s s^T]` `[2*G*d, 2*G*d]` of the stacked vector, uncentred (the

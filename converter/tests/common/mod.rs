@@ -183,10 +183,12 @@ pub struct Qkv {
 pub fn qkv(weights: &LayerWeights, x: &Rows) -> Qkv {
     let mut q: Rows = x.iter().map(|x| linear(&weights.q, x)).collect();
     let mut k: Rows = x.iter().map(|x| linear(&weights.k, x)).collect();
-    q.iter_mut()
-        .for_each(|q| head_norm(q, weights.q_norm.as_ref()));
-    k.iter_mut()
-        .for_each(|k| head_norm(k, weights.k_norm.as_ref()));
+    for q in &mut q {
+        head_norm(q, weights.q_norm.as_ref());
+    }
+    for k in &mut k {
+        head_norm(k, weights.k_norm.as_ref());
+    }
     Qkv {
         q,
         k,
@@ -289,13 +291,12 @@ pub fn mla(attention: &Attention, tensors: &MlaTensors, x: &Rows) -> Attended {
         let turned = rotate(&row[r..], inv_freq, s, 1.0);
         row[r..].copy_from_slice(&turned);
         rows.push(row);
-        let parts = (0..shape.query_heads).map(|h| match &tensors.q_rope_proj {
-            Some(rope) => {
+        let parts = (0..shape.query_heads).map(|h| {
+            if let Some(rope) = &tensors.q_rope_proj {
                 let q = q[h * d..(h + 1) * d].to_vec();
                 let rope = apply(&rope.row_range(h * d_r, (h + 1) * d_r), &q);
                 (q, rotate(&rope, inv_freq, s, 1.0))
-            }
-            None => {
+            } else {
                 let q = &q[h * (d + d_r)..(h + 1) * (d + d_r)];
                 (q[..d].to_vec(), rotate(&q[d..], inv_freq, s, 1.0))
             }
