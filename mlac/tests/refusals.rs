@@ -32,23 +32,27 @@ fn nothing_left(bench: &Bench) {
 }
 
 fn edit(path: &Path, change: impl Fn(&mut Vec<u8>)) {
-    let mut bytes = fs::read(path).unwrap();
+    let mut bytes = fs::read(path).expect("a file of the test");
     change(&mut bytes);
-    fs::write(path, bytes).unwrap();
+    fs::write(path, bytes).expect("a file of the test");
 }
 
 fn edit_config(model: &Path, key: &str, value: serde_json::Value) {
     let path = model.join("config.json");
-    let mut json: serde_json::Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let mut json: serde_json::Value =
+        serde_json::from_slice(&fs::read(&path).expect("a file of the test"))
+            .expect("a file of the test");
     json[key] = value;
-    fs::write(path, json.to_string()).unwrap();
+    fs::write(path, json.to_string()).expect("a file of the test");
 }
 
 /// Rewrites the header of a safetensors file.
 fn edit_header(path: &Path, change: impl Fn(&mut serde_json::Value)) {
     edit(path, |bytes| {
-        let length = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
-        let mut header: serde_json::Value = serde_json::from_slice(&bytes[8..8 + length]).unwrap();
+        let length =
+            u64::from_le_bytes(bytes[..8].try_into().expect("a file of the test")) as usize;
+        let mut header: serde_json::Value =
+            serde_json::from_slice(&bytes[8..8 + length]).expect("a file of the test");
         change(&mut header);
         let text = header.to_string();
         let data = bytes.split_off(8 + length);
@@ -69,8 +73,8 @@ fn a_truncated_shard() {
 fn a_header_longer_than_the_file() {
     let lie = |m: &Path| {
         edit(&m.join("model.safetensors"), |b| {
-            b[..8].copy_from_slice(&(1_u64 << 40).to_le_bytes())
-        })
+            b[..8].copy_from_slice(&(1_u64 << 40).to_le_bytes());
+        });
     };
     refused("llama_gqa", lie, &["model.safetensors"]);
 }
