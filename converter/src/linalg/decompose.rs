@@ -1,7 +1,16 @@
-//! Decompositions, all in f64 over faer.
+//! Decompositions, all in f64 over faer, each on one thread: with more, their rounding (and so the
+//! bytes of a checkpoint) would depend on how many there are.
 
+use faer::diag::Diag;
+use faer::dyn_stack::{MemBuffer, MemStack};
+use faer::linalg::evd::{ComputeEigenvectors, self_adjoint_evd, self_adjoint_evd_scratch};
+use faer::linalg::householder;
+use faer::linalg::qr::no_pivoting::factor::{
+    qr_in_place, qr_in_place_scratch, recommended_block_size,
+};
 use faer::linalg::solvers::Solve;
-use faer::{Mat, Side, c64};
+use faer::traits::ComplexField;
+use faer::{Conj, Mat, MatRef, Par, Side, Spec, c64};
 
 use super::matrix::Matrix;
 use crate::error::{Error, numeric};
@@ -44,11 +53,7 @@ pub fn symmetric_eigen(matrix: &Matrix<f64>, what: &str) -> Result<Eigen, Error>
             vectors: Matrix::zeros(0, 0),
         });
     }
-    let eigen = matrix
-        .view()
-        .self_adjoint_eigen(Side::Lower)
-        .map_err(|_| numeric(what, "an eigendecomposition that converges"))?;
-    let (values, vectors) = (eigen.S().column_vector(), eigen.U());
+    let (values, vectors) = self_adjoint_eigen(matrix.view(), what)?;
     Ok(Eigen {
         values: (0..n).rev().map(|i| values[i]).collect(),
         vectors: Matrix::from_fn(n, n, |i, j| vectors[(i, n - 1 - j)]),
@@ -62,10 +67,7 @@ pub fn hermitian_eigen(
     what: &str,
 ) -> Result<HermitianEigen, Error> {
     let matrix = Mat::<c64>::from_fn(n, n, element);
-    let eigen = matrix
-        .self_adjoint_eigen(Side::Lower)
-        .map_err(|_| numeric(what, "an eigendecomposition that converges"))?;
-    let (values, vectors) = (eigen.S().column_vector(), eigen.U());
+    let (values, vectors) = self_adjoint_eigen(matrix.as_ref(), what)?;
     Ok(HermitianEigen {
         values: (0..n).rev().map(|i| values[i].re).collect(),
         vectors: (0..n)
@@ -73,6 +75,27 @@ pub fn hermitian_eigen(
             .map(|j| (0..n).map(|i| vectors[(i, j)]).collect())
             .collect(),
     })
+}
+
+/// Eigenvalues (smallest first) and eigenvectors.
+fn self_adjoint_eigen<T: ComplexField>(
+    matrix: MatRef<'_, T>,
+    what: &str,
+) -> Result<(Vec<T>, Mat<T>), Error> {
+    let n = matrix.nrows();
+    let (mut values, mut vectors) = (Diag::<T>::zeros(n), Mat::<T>::zeros(n, n));
+    let scratch =
+        self_adjoint_evd_scratch::<T>(n, ComputeEigenvectors::Yes, Par::Seq, Spec::default());
+    self_adjoint_evd(
+        matrix,
+        values.as_mut(),
+        Some(vectors.as_mut()),
+        Par::Seq,
+        MemStack::new(&mut MemBuffer::new(scratch)),
+        Spec::default(),
+    )
+    .map_err(|_| numeric(what, "an eigendecomposition that converges"))?;
+    Ok((values.column_vector().iter().cloned().collect(), vectors))
 }
 
 /// Roots of a positive semi-definite matrix; eigenvalues below `floor` times the largest are raised
@@ -110,10 +133,34 @@ pub fn orthonormal_rows(e: &Matrix<f64>) -> (Matrix<f64>, Matrix<f64>) {
     if e.rows() == 0 {
         return (Matrix::zeros(0, 0), Matrix::zeros(0, e.cols()));
     }
-    let qr = e.view().transpose().qr();
-    let (q, r) = (qr.compute_thin_Q(), qr.thin_R());
     let size = e.rows();
-    let lower = Matrix::from_fn(size, size, |i, j| if j <= i { r[(j, i)] } else { 0.0 });
+    // Householder QR of the transpose.
+    let mut factor = Mat::from_fn(e.cols(), size, |i, j| e[(j, i)]);
+    let block = recommended_block_size::<f64>(e.cols(), size);
+    let mut coefficients = Mat::<f64>::zeros(block, size);
+    let scratch = qr_in_place_scratch::<f64>(e.cols(), size, block, Par::Seq, Spec::default());
+    qr_in_place(
+        factor.as_mut(),
+        coefficients.as_mut(),
+        Par::Seq,
+        MemStack::new(&mut MemBuffer::new(scratch)),
+        Spec::default(),
+    );
+    let lower = Matrix::from_fn(size, size, |i, j| if j <= i { factor[(j, i)] } else { 0.0 });
+    let mut q = Mat::<f64>::identity(e.cols(), size);
+    let scratch = householder::apply_block_householder_sequence_on_the_left_in_place_scratch::<f64>(
+        e.cols(),
+        block,
+        size,
+    );
+    householder::apply_block_householder_sequence_on_the_left_in_place_with_conj(
+        factor.as_ref(),
+        coefficients.as_ref(),
+        Conj::No,
+        q.as_mut(),
+        Par::Seq,
+        MemStack::new(&mut MemBuffer::new(scratch)),
+    );
     (lower, Matrix::from_view(q.as_ref().transpose()))
 }
 

@@ -5,6 +5,7 @@
 //! values add up over attended tokens more than that, so larger values usually win. The best value
 //! differs between layers.
 
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 use super::absorb::Split;
@@ -66,8 +67,13 @@ pub fn balance(
     }
     let mut errors = Vec::new();
     let mut best: Option<(f64, Balanced)> = None;
-    for beta in candidates {
-        let (factors, spectrum) = problem.solve(shape, split, ranks, beta)?;
+    // Decompositions run on one thread each, so the candidates run side by side.
+    let solved: Vec<_> = candidates
+        .par_iter()
+        .map(|&beta| problem.solve(shape, split, ranks, beta))
+        .collect();
+    for (beta, solved) in candidates.into_iter().zip(solved) {
+        let (factors, spectrum) = solved?;
         let error = evaluator.map(|e| e.error(&factors));
         errors.extend(error.map(|e| (beta, e)));
         let rank = error.unwrap_or(0.0);
