@@ -135,12 +135,21 @@ impl Chart {
         if series.len() > 1 {
             chart
                 .configure_series_labels()
-                .position(SeriesLabelPosition::UpperLeft)
+                .position(free_corner(series))
                 .background_style(WHITE.mix(0.8))
                 .border_style(BLACK.mix(0.2))
                 .draw()?;
         }
         Ok(())
+    }
+}
+
+/// The corner on the right that the first line leaves free.
+fn free_corner(series: &[Series]) -> SeriesLabelPosition {
+    let points = series.first().map_or(&[][..], |s| &s.points);
+    match (points.first(), points.last()) {
+        (Some(first), Some(last)) if last.1 < first.1 => SeriesLabelPosition::UpperRight,
+        _ => SeriesLabelPosition::LowerRight,
     }
 }
 
