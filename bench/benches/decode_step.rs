@@ -3,6 +3,7 @@
 
 use std::fmt::Write as _;
 use std::path::Path;
+use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, criterion_group};
 use mlac::pipeline::calibrate::convert_from_weights;
@@ -150,6 +151,8 @@ fn decode_step(c: &mut Criterion) {
         let checkpoint = open(case, &folder.path().join(i.to_string()));
         let mut group = c.benchmark_group(case.name);
         group.sample_size(20);
+        group.warm_up_time(Duration::from_secs(1));
+        group.measurement_time(Duration::from_secs(2));
         for context in CONTEXTS {
             for (name, form, product) in FORMS {
                 let mut step = Step::open(&checkpoint, case, form, product, context);
