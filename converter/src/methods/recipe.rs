@@ -55,7 +55,7 @@ impl Default for Recipe {
             metric: Metric::Output,
             balance: Balance::Search {
                 values: vec![0.25, 0.5, 1.0, 2.0],
-                fallback: 0.5,
+                fallback: 4.0,
             },
             polish: None,
             refit: Some(RefitOptions::default()),
