@@ -85,7 +85,7 @@ fn main() {
             format!("{:.1}", statistics * 1e3),
         ],
         vec![
-            "factors (balance search over 5 values) and tensors at 128 + 64".into(),
+            "factors (with the balance search) and tensors at 128 + 64".into(),
             format!("{:.1}", factors * 1e3),
         ],
         vec![
