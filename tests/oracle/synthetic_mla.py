@@ -1,14 +1,17 @@
 """Turns a GQA checkpoint folder into an MLA one by definition, without mlac: material for tests of MLA graphs.
 
-    python synthetic_mla.py SOURCE OUT KIND ..     any number of such triples; KIND is exact or random
+    python synthetic_mla.py SOURCE OUT KIND ..     any number of such triples; KIND is exact, random or random_full
 
 `exact`: full rank, computes the same function as SOURCE. The rotary key is every KV head's key, frequency by frequency mixed over the heads by a random unitary matrix
 (which commutes with the rotation), the latent is all values mixed by a random invertible matrix, and W_UK is zero.
 `random`: ranks that differ by layer, the first layer unconverted, every matrix filled, W_UK too.
+`random_full`: the same, with the layers unconverted that have a sliding window.
+Routers of `random` ones are kept away from ties on the texts of SOURCE's io.safetensors.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import sys
@@ -17,17 +20,22 @@ from pathlib import Path
 
 import numpy as np
 
-from mla_reference import read_weights, rope_table
+from mla_reference import Model, read_safetensors, read_weights, rope_table, window
 
-CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+CLASSES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3", "gpt_oss": "GptOss"}
+ENCODERS = {"qwen3": "normed_key", "gpt_oss": "kept_query"}
+KINDS = ("exact", "random", "random_full")
+# Between the last expert chosen and the first one not chosen.
+ROUTER_GAP = 0.01
 
 
 def write_safetensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """One file, everything as f32."""
+    """One file, everything but bytes as f32."""
     header, parts, offset = {}, [], 0
     for name, tensor in tensors.items():
-        raw = np.ascontiguousarray(tensor, dtype="<f4").tobytes()
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [offset, offset + len(raw)]}
+        dtype, form = ("U8", np.uint8) if tensor.dtype == np.uint8 else ("F32", "<f4")
+        raw = np.ascontiguousarray(tensor, dtype=form).tobytes()
+        header[name] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + len(raw)]}
         parts.append(raw)
         offset += len(raw)
     text = json.dumps(header).encode()
@@ -55,8 +63,8 @@ def rotary_basis(generator, kv_heads: int, d: int) -> np.ndarray:
     return basis
 
 
-def exact_layer(generator, weights: dict, prefix: str, config: dict, normed: bool) -> tuple[dict, dict]:
-    """New tensors of one layer's attention and its sizes."""
+def exact_layer(generator, weights: dict, prefix: str, config: dict, form: str) -> tuple[dict, dict]:
+    """New tensors of one layer's attention and its sizes; `form` is the encoder's."""
     inv_freq, factor = rope_table(config)
     d, heads = 2 * len(inv_freq), config["num_attention_heads"]
     key_rows = weights[f"{prefix}.k_proj.weight"]
@@ -72,21 +80,24 @@ def exact_layer(generator, weights: dict, prefix: str, config: dict, normed: boo
         return basis[:, g * d : (g + 1) * d]
 
     # k' = B k with B unitary, so q . k = (B q) . (B k); both carry YaRN's factor.
-    if normed:
+    kept = {"hidden": (), "normed_key": ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"), "kept_query": ("q_proj",)}
+    for name, kind in itertools.product(kept[form], ("weight", "bias")):
+        if f"{prefix}.{name}.{kind}" in weights:
+            new[f"{prefix}.{name}.{kind}"] = weights[f"{prefix}.{name}.{kind}"]
+    if form != "hidden":
+        new[f"{prefix}.q_rope_proj.weight"] = np.concatenate([factor**2 * slot(h // group) for h in range(heads)])
+    if form == "normed_key":
         encoder = np.zeros((2 * size, 2 * size))
         encoder[:size, size:], encoder[size:, :size] = mix, basis
         new[f"{prefix}.kv_a_proj_with_mqa.weight"] = encoder
-        new[f"{prefix}.q_rope_proj.weight"] = np.concatenate([factor**2 * slot(h // group) for h in range(heads)])
-        for name in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm"):
-            for kind in ("weight", "bias"):
-                if f"{prefix}.{name}.{kind}" in weights:
-                    new[f"{prefix}.{name}.{kind}"] = weights[f"{prefix}.{name}.{kind}"]
     else:
         for kind in ("weight", "bias"):
             if f"{prefix}.q_proj.{kind}" not in weights:
                 continue
             key, value = weights[f"{prefix}.k_proj.{kind}"], weights[f"{prefix}.v_proj.{kind}"]
             new[f"{prefix}.kv_a_proj_with_mqa.{kind}"] = np.concatenate([mix @ value, basis @ key])
+            if form == "kept_query":
+                continue
             query = weights[f"{prefix}.q_proj.{kind}"].reshape(heads, d, *key.shape[1:])
             rows = [np.concatenate([query[h], factor**2 * (slot(h // group) @ query[h])]) for h in range(heads)]
             new[f"{prefix}.q_proj.{kind}"] = np.concatenate(rows)
@@ -123,17 +134,42 @@ def random_layer(generator, exact: dict, sizes: dict, prefix: str, heads: int) -
 
 
 def convert(source: Path, out: Path, kind: str) -> None:
+    out.mkdir(parents=True)
+    if (source / "io.safetensors").is_file():
+        shutil.copy(source / "io.safetensors", out / "io.safetensors")
+    for attempt in itertools.count():
+        write(source, out, kind, f"{source.name}/{kind}" + (f"/{attempt}" if attempt else ""))
+        if kind == "exact" or far_from_ties(out):
+            return
+
+
+def far_from_ties(folder: Path) -> bool:
+    model = Model(folder)
+    if "num_local_experts" not in model.config:
+        return True
+    io = read_safetensors(folder / "io.safetensors")
+    model.logits(io["input_ids"], io["attention_mask"], io["position_ids"])
+    return model.router_gap > ROUTER_GAP
+
+
+def write(source: Path, out: Path, kind: str, seed: str) -> None:
+    """config.json and the weights."""
     config, weights = json.loads((source / "config.json").read_text()), read_weights(source)
-    generator = np.random.Generator(np.random.PCG64(zlib.crc32(f"{source.name}/{kind}".encode())))
-    normed = config["model_type"] == "qwen3"
-    layers = list(range(0 if kind == "exact" else 1, config["num_hidden_layers"]))
+    generator = np.random.Generator(np.random.PCG64(zlib.crc32(seed.encode())))
+    form = ENCODERS.get(config["model_type"], "hidden")
+    converted = {
+        "exact": lambda layer: True,
+        "random": lambda layer: layer > 0,
+        "random_full": lambda layer: window(config, layer) is None,
+    }
+    layers = list(filter(converted[kind], range(config["num_hidden_layers"])))
     columns: dict[str, list[int]] = {}
     for layer in layers:
         prefix = f"model.layers.{layer}.self_attn"
-        new, sizes = exact_layer(generator, weights, prefix, config, normed)
-        if kind == "random":
+        new, sizes = exact_layer(generator, weights, prefix, config, form)
+        if kind != "exact":
             new, sizes = random_layer(generator, new, sizes, prefix, config["num_attention_heads"])
-        kept = {name: tensor for name, tensor in weights.items() if f"{prefix}.o_proj" in name}
+        kept = {n: tensor for n, tensor in weights.items() if f"{prefix}.o_proj" in n or f"{prefix}.sinks" == n}
         weights = {name: tensor for name, tensor in weights.items() if not name.startswith(f"{prefix}.")}
         weights.update(kept | new)
         for key, value in sizes.items():
@@ -144,23 +180,20 @@ def convert(source: Path, out: Path, kind: str) -> None:
         model_type=f"{source_type}_mla",
         architectures=[f"{CLASSES[source_type]}MlaForCausalLM"],
         mla_layers=layers,
-        mla_encoder="normed_key" if normed else "hidden",
+        mla_encoder=form,
         attention_scale=d**-0.5,
         mla_o_bias="model.layers.1.self_attn.o_proj.bias" in weights,
         **{key: values if len(set(values)) > 1 else values[0] for key, values in columns.items()},
     )
     config.pop("torch_dtype", None)
     config["dtype"] = "float32"
-    out.mkdir(parents=True)
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     write_safetensors(out / "model.safetensors", weights)
-    if (source / "io.safetensors").is_file():
-        shutil.copy(source / "io.safetensors", out / "io.safetensors")
 
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if not arguments or len(arguments) % 3 or not set(arguments[2::3]) <= {"exact", "random"}:
+    if not arguments or len(arguments) % 3 or not set(arguments[2::3]) <= set(KINDS):
         print(__doc__.strip(), file=sys.stderr)
         sys.exit(2)
     for source, out, kind in zip(*(iter(arguments),) * 3):
