@@ -173,17 +173,25 @@ pub fn shape_text(shape: &[usize]) -> String {
 /// Numbers from stored little-endian bytes of an F32, F16 or BF16 tensor; `None` for other types
 /// and for a length that is not a whole number of elements.
 pub fn f32_from_bytes(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
-    if !bytes.len().is_multiple_of(dtype.size()) {
+    if !dtype.is_weight() || !bytes.len().is_multiple_of(dtype.size()) {
         return None;
     }
+    let mut numbers = vec![0.0; bytes.len() / dtype.size()];
+    f32_into(dtype, bytes, &mut numbers);
+    Some(numbers)
+}
+
+/// [`f32_from_bytes`] into numbers that are there already, as many as the bytes hold; does nothing
+/// for other types.
+pub(crate) fn f32_into(dtype: Dtype, bytes: &[u8], numbers: &mut [f32]) {
     match dtype {
         Dtype::F32 => {
-            let (numbers, _) = bytes.as_chunks::<4>();
-            Some(numbers.iter().map(|&b| f32::from_le_bytes(b)).collect())
+            for (number, &stored) in numbers.iter_mut().zip(bytes.as_chunks::<4>().0) {
+                *number = f32::from_le_bytes(stored);
+            }
         }
         Dtype::F16 => {
             // In blocks: half looks for the processor's conversion instructions once a call.
-            let mut numbers = vec![0.0; bytes.len() / 2];
             let mut block = [f16::ZERO; BLOCK];
             for (numbers, bytes) in numbers.chunks_mut(BLOCK).zip(bytes.chunks(2 * BLOCK)) {
                 let halves = &mut block[..numbers.len()];
@@ -192,18 +200,13 @@ pub fn f32_from_bytes(dtype: Dtype, bytes: &[u8]) -> Option<Vec<f32>> {
                 }
                 halves.convert_to_f32_slice(numbers);
             }
-            Some(numbers)
         }
         Dtype::BF16 => {
-            let (numbers, _) = bytes.as_chunks::<2>();
-            Some(
-                numbers
-                    .iter()
-                    .map(|&b| bf16::from_le_bytes(b).to_f32())
-                    .collect(),
-            )
+            for (number, &stored) in numbers.iter_mut().zip(bytes.as_chunks::<2>().0) {
+                *number = bf16::from_le_bytes(stored).to_f32();
+            }
         }
-        _ => None,
+        _ => {}
     }
 }
 
@@ -237,6 +240,16 @@ fn stored<T, const N: usize>(numbers: &[T], bytes_of: impl Fn(&T) -> [u8; N]) ->
 
 /// Refuses a tensor with a NaN or an infinity, naming the first one's coordinates.
 pub fn check_finite(subject: &str, shape: &[usize], numbers: &[f32]) -> Result<(), Refusal> {
+    check_finite_from(subject, shape, 0, numbers)
+}
+
+/// [`check_finite`] for a part of a tensor that begins at the element `first`.
+pub(crate) fn check_finite_from(
+    subject: &str,
+    shape: &[usize],
+    first: usize,
+    numbers: &[f32],
+) -> Result<(), Refusal> {
     // Summing `x * 0` is NaN exactly when some x is NaN or infinite, and it vectorises.
     let suspicious = numbers.chunks(4096).position(|block| {
         let mut lanes = [0.0_f32; 16];
@@ -251,26 +264,73 @@ pub fn check_finite(subject: &str, shape: &[usize], numbers: &[f32]) -> Result<(
     let Some(block) = suspicious else {
         return Ok(());
     };
-    let Some((mut flat, value)) = numbers
+    let found = numbers
         .iter()
         .copied()
         .enumerate()
         .skip(block * 4096)
-        .find(|(_, x)| !x.is_finite())
-    else {
-        return Ok(());
+        .find(|(_, x)| !x.is_finite());
+    match found {
+        Some((at, value)) => Err(not_finite(subject, shape, first + at, value)),
+        None => Ok(()),
+    }
+}
+
+/// Refuses stored F32, F16 or BF16 elements that are NaN or infinite; other types are not looked
+/// into. `bytes` is a part of the tensor `info` that begins at the element `first`.
+pub fn check_finite_bytes(
+    subject: &str,
+    info: &TensorInfo,
+    first: usize,
+    bytes: &[u8],
+) -> Result<(), Refusal> {
+    let size = info.dtype.size();
+    for (at, block) in bytes.chunks(4096).enumerate() {
+        if !suspicious_bytes(info.dtype, block) {
+            continue;
+        }
+        for (in_block, element) in block.chunks_exact(size).enumerate() {
+            let mut value = [0.0];
+            f32_into(info.dtype, element, &mut value);
+            if !value[0].is_finite() {
+                let flat = first + at * 4096 / size + in_block;
+                return Err(not_finite(subject, &info.shape, flat, value[0]));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whether the exponent of some element is all ones. Whole numbers that grow vectorise.
+fn suspicious_bytes(dtype: Dtype, bytes: &[u8]) -> bool {
+    let halves = |mask: i16| {
+        let elements = bytes.as_chunks::<2>().0.iter();
+        elements.fold(0, |most, &b| most.max(i16::from_le_bytes(b) & mask)) == mask
     };
+    match dtype {
+        Dtype::F16 => halves(0x7c00),
+        Dtype::BF16 => halves(0x7f80),
+        Dtype::F32 => {
+            let elements = bytes.as_chunks::<4>().0.iter();
+            let mask = 0x7f80_0000;
+            elements.fold(0, |most, &b| most.max(i32::from_le_bytes(b) & mask)) == mask
+        }
+        _ => false,
+    }
+}
+
+fn not_finite(subject: &str, shape: &[usize], mut flat: usize, value: f32) -> Refusal {
     let mut index = vec![0; shape.len()];
     for (coordinate, &extent) in index.iter_mut().zip(shape).rev() {
         *coordinate = flat % extent;
         flat /= extent;
     }
-    Err(Refusal::new(
+    Refusal::new(
         subject,
         "finite numbers",
         format!("{value} at {}", shape_text(&index)),
         "the weights are damaged: get the checkpoint again or retrain from the last good one",
-    ))
+    )
 }
 
 #[cfg(test)]
@@ -348,5 +408,37 @@ mod tests {
                 format!("{bad} at [{}, {}]", at / 123, at % 123)
             );
         }
+    }
+
+    #[test]
+    fn stored_bad_numbers_are_found_wherever_they_are() {
+        let bad: [(Dtype, &[u8]); 6] = [
+            (Dtype::F32, &[0, 0, 0x80, 0x7f]),
+            (Dtype::F32, &[1, 0, 0x80, 0xff]),
+            (Dtype::F16, &[0, 0x7c]),
+            (Dtype::F16, &[0xff, 0xff]),
+            (Dtype::BF16, &[0x80, 0xff]),
+            (Dtype::BF16, &[0x81, 0x7f]),
+        ];
+        for (dtype, bits) in bad {
+            // The largest finite numbers all around.
+            let largest: &[u8] = match dtype {
+                Dtype::F32 => &[0xff, 0xff, 0x7f, 0x7f],
+                Dtype::F16 => &[0xff, 0xfb],
+                _ => &[0x7f, 0xff],
+            };
+            let info = TensorInfo::new("t", dtype, [100, 123]);
+            let part = largest.repeat(6000);
+            assert_eq!(check_finite_bytes("t", &info, 0, &part), Ok(()));
+            for at in [0, 1023, 1024, 2048, 5999] {
+                let mut part = part.clone();
+                part[at * bits.len()..][..bits.len()].copy_from_slice(bits);
+                let refusal = check_finite_bytes("t", &info, 246, &part).unwrap_err();
+                let place = format!(" at [{}, {}]", 2 + at / 123, at % 123);
+                assert!(refusal.found.ends_with(&place), "{} {place}", refusal.found);
+            }
+        }
+        let bytes = TensorInfo::new("t", Dtype::U8, [4]);
+        assert_eq!(check_finite_bytes("t", &bytes, 0, &[0xff; 4]), Ok(()));
     }
 }

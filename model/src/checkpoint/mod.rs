@@ -1,8 +1,10 @@
 //! Checkpoints: opening, reading and writing the weights of a model.
 
+mod copy;
 mod expected;
 mod gguf;
 mod map;
+mod reader;
 pub mod safetensors;
 #[cfg(test)]
 mod tests;
@@ -12,24 +14,30 @@ use std::{
     borrow::Cow,
     collections::HashMap,
     fs,
+    ops::Range,
     path::{Path, PathBuf},
 };
 
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+pub use copy::copy_tensors;
 pub use expected::expected_tensors;
-pub use writer::CheckpointWriter;
+pub use reader::TensorReader;
+pub use writer::{CheckpointWriter, TensorSink};
 
 use self::{gguf::Gguf, safetensors::Shards};
 use crate::{
     Dtype, Error, ModelConfig, TensorInfo, Tokenizer,
     config::token_ids,
-    tensor::{check_finite, f32_from_bytes, shape_text},
+    tensor::{check_finite_from, f32_into, shape_text},
 };
 
 /// Largest JSON file that is read into memory.
 const LARGEST_JSON: u64 = 256 << 20;
+
+/// Bytes of a tensor that are read at once; a whole number of elements of every type.
+const CHUNK: usize = 1 << 20;
 
 /// Files beside the weights that belong to a model, in the order they are listed.
 const SIDE_FILES: [&str; 11] = [
@@ -159,7 +167,7 @@ impl Checkpoint {
                 name: head.into(),
                 ..self.info(embedding)?.clone()
             })
-            && self.bytes(head)? == self.bytes(embedding)?
+            && self.same_bytes(head, embedding)?
         {
             return Ok(());
         }
@@ -169,6 +177,22 @@ impl Checkpoint {
             "another one",
             "set tie_word_embeddings to false in config.json if the head was trained",
         ))
+    }
+
+    fn same_bytes(&self, one: &str, other: &str) -> Result<bool, Error> {
+        let other = self.reader(other)?;
+        let mut buffer = vec![0; CHUNK.min(other.len())];
+        let (mut offset, mut same) = (0, true);
+        self.for_each_chunk(one, CHUNK, |chunk| {
+            if same {
+                let buffer = &mut buffer[..chunk.len()];
+                other.read_at(offset, buffer)?;
+                offset += chunk.len();
+                same = buffer == chunk;
+            }
+            Ok::<_, Error>(())
+        })?;
+        Ok(same)
     }
 
     /// The model's configuration.
@@ -202,6 +226,9 @@ impl Checkpoint {
     }
 
     /// The stored little-endian bytes of a tensor; a quantised GGUF tensor comes as F32.
+    ///
+    /// They are mapped: what is touched counts as memory until [`Checkpoint::release`]. To pass
+    /// through large tensors use [`Checkpoint::reader`] or [`Checkpoint::for_each_chunk`].
     pub fn bytes(&self, name: &str) -> Result<Cow<'_, [u8]>, Error> {
         let place = self.place(name)?;
         match &self.weights {
@@ -210,10 +237,55 @@ impl Checkpoint {
         }
     }
 
+    /// Access to the same bytes by position, which maps nothing.
+    pub fn reader(&self, name: &str) -> Result<TensorReader<'_>, Error> {
+        let place = self.place(name)?;
+        let source = match &self.weights {
+            Weights::Safetensors(shards) => shards.source(place),
+            Weights::Gguf(gguf) => gguf.source(place, &self.tensors[place])?,
+        };
+        Ok(TensorReader::new(self.subject(name), source))
+    }
+
+    /// Passes the bytes of a tensor through `take` in pieces of `chunk_bytes`, in order; the last
+    /// may be shorter.
+    pub fn for_each_chunk<E: From<Error>>(
+        &self,
+        name: &str,
+        chunk_bytes: usize,
+        take: impl FnMut(&[u8]) -> Result<(), E>,
+    ) -> Result<(), E> {
+        self.reader(name)?.for_each_chunk(chunk_bytes, take)
+    }
+
+    /// Takes the pages of a tensor that [`Checkpoint::bytes`] brought in out of this process's
+    /// memory; touched again, they are read again.
+    pub fn release(&self, name: &str) -> Result<(), Error> {
+        let place = self.place(name)?;
+        match &self.weights {
+            Weights::Safetensors(shards) => shards.release(place),
+            Weights::Gguf(gguf) => gguf.release(place),
+        }
+        Ok(())
+    }
+
     /// The numbers of an F32, F16 or BF16 tensor of a known shape, row-major.
     ///
     /// Refuses another shape, another type, NaN and infinity.
     pub fn f32(&self, name: &str, expected_shape: &[usize]) -> Result<Vec<f32>, Error> {
+        let rows = expected_shape.first().copied().unwrap_or(1);
+        self.f32_rows(name, expected_shape, 0..rows)
+    }
+
+    /// The numbers of some entries along the first axis: rows of a matrix, experts of a stack.
+    ///
+    /// Refuses what [`Checkpoint::f32`] refuses, and rows that the tensor does not have.
+    pub fn f32_rows(
+        &self,
+        name: &str,
+        expected_shape: &[usize],
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>, Error> {
         let info = self.info(name)?;
         if info.shape != expected_shape {
             return Err(Error::refusal(
@@ -223,15 +295,40 @@ impl Checkpoint {
                 "check that config.json belongs to these weights",
             ));
         }
-        let numbers =
-            f32_from_bytes(info.dtype, &self.bytes(name)?).ok_or_else(|| self.wrong_dtype(info))?;
-        check_finite(&self.subject(name), &info.shape, &numbers)?;
+        let (&all, row) = info.shape.split_first().unwrap_or((&1, &[]));
+        if rows.start > rows.end || rows.end > all {
+            return Err(Error::refusal(
+                self.subject(name),
+                format!("rows among its {all}"),
+                format!("rows {} to {}", rows.start, rows.end),
+                "read within the tensor",
+            ));
+        }
+        if !info.dtype.is_weight() {
+            return Err(self.wrong_dtype(info));
+        }
+        let row: usize = row.iter().product();
+        let (first, size) = (rows.start * row, info.dtype.size());
+        let mut numbers = vec![0.0; rows.len() * row];
+        let reader = self.reader(name)?;
+        let mut buffer = vec![0; CHUNK.min(numbers.len() * size)];
+        for (at, part) in numbers.chunks_mut(CHUNK / size).enumerate() {
+            let bytes = &mut buffer[..part.len() * size];
+            reader.read_at(first * size + at * CHUNK, bytes)?;
+            f32_into(info.dtype, bytes, part);
+        }
+        check_finite_from(&self.subject(name), &info.shape, first, &numbers)?;
         Ok(numbers)
     }
 
     /// SHA-256 of what [`Checkpoint::bytes`] returns, in hexadecimal.
     pub fn sha256(&self, name: &str) -> Result<String, Error> {
-        Ok(format!("{:x}", Sha256::digest(self.bytes(name)?)))
+        let mut digest = Sha256::new();
+        self.for_each_chunk(name, CHUNK, |chunk| {
+            digest.update(chunk);
+            Ok::<_, Error>(())
+        })?;
+        Ok(format!("{:x}", digest.finalize()))
     }
 
     /// The tokenizer, generation and licence files that lie beside the weights; none for GGUF.

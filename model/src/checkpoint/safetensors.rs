@@ -17,7 +17,7 @@ use serde::{
     de::{MapAccess, Visitor},
 };
 
-use super::map::Map;
+use super::{map::Map, reader::Source};
 use crate::{Dtype, Error, TensorInfo, tensor::shape_text};
 
 /// Longest header the format's own library accepts.
@@ -337,6 +337,21 @@ impl Shards {
     pub(super) fn bytes(&self, tensor: usize) -> &[u8] {
         let (file, range) = &self.places[tensor];
         &self.files[*file].1[range.clone()]
+    }
+
+    /// The same bytes by position.
+    pub(super) fn source(&self, tensor: usize) -> Source<'_> {
+        let (file, range) = &self.places[tensor];
+        Source::File {
+            map: &self.files[*file].1,
+            range: range.clone(),
+        }
+    }
+
+    /// Takes a tensor's pages out of memory.
+    pub(super) fn release(&self, tensor: usize) {
+        let (file, range) = &self.places[tensor];
+        self.files[*file].1.release(range.clone());
     }
 
     /// The file that holds a tensor.

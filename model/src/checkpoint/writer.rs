@@ -39,7 +39,41 @@ struct Place {
     shard: usize,
     offset: u64,
     length: usize,
+    /// Someone writes it or has written it.
+    claimed: AtomicBool,
+    /// It is there as a whole.
     written: AtomicBool,
+}
+
+/// Where [`CheckpointWriter::write_stream`] puts the pieces of a tensor.
+#[derive(Debug)]
+pub struct TensorSink<'a> {
+    writer: &'a CheckpointWriter,
+    name: &'a str,
+    place: &'a Place,
+    filled: usize,
+}
+
+impl TensorSink<'_> {
+    /// Writes the next bytes of the tensor; refuses more than it has.
+    pub fn put(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let filled = self.filled + bytes.len();
+        if filled > self.place.length {
+            return Err(self
+                .writer
+                .wrong_length(self.name, self.place.length, filled));
+        }
+        let shard = &self.writer.shards[self.place.shard];
+        shard
+            .file
+            .write_all_at(bytes, self.place.offset + self.filled as u64)
+            .map_err(|source| {
+                let path = self.writer.partial.join(&shard.name);
+                write_error(&path, shard.length, source)
+            })?;
+        self.filled = filled;
+        Ok(())
+    }
 }
 
 impl CheckpointWriter {
@@ -54,7 +88,27 @@ impl CheckpointWriter {
         max_shard_bytes: u64,
     ) -> Result<Self, Error> {
         refuse_existing(folder)?;
-        let mut groups = group(tensors, max_shard_bytes)?;
+        let groups = group(tensors, max_shard_bytes)?;
+        let count = groups.len();
+        let name = |at: usize| match count {
+            1 => "model.safetensors".to_owned(),
+            _ => format!("model-{:05}-of-{count:05}.safetensors", at + 1),
+        };
+        let shards = groups
+            .into_iter()
+            .enumerate()
+            .map(|(at, group)| (name(at), group))
+            .collect();
+        Self::create_shards(folder, shards)
+    }
+
+    /// Lays out the files of a new checkpoint as the caller says: names of files and the tensors in
+    /// each, which are brought into order of falling element size. More than one get an index.
+    pub fn create_shards(
+        folder: &Path,
+        shards: Vec<(String, Vec<TensorInfo>)>,
+    ) -> Result<Self, Error> {
+        refuse_existing(folder)?;
         let partial = partial_path(folder)?;
         remove_stale(&partial)?;
         fs::create_dir_all(&partial).map_err(|source| Error::io(&partial, source))?;
@@ -65,15 +119,11 @@ impl CheckpointWriter {
             places: HashMap::new(),
             finished: false,
         };
-        let count = groups.len();
-        for (at, group) in groups.iter_mut().enumerate() {
-            let name = if count == 1 {
-                "model.safetensors".to_owned()
-            } else {
-                format!("model-{:05}-of-{count:05}.safetensors", at + 1)
-            };
-            group.sort_by_key(|info| std::cmp::Reverse(info.dtype.size()));
-            writer.add_shard(name, group)?;
+        let count = shards.len();
+        for (name, mut tensors) in shards {
+            writer.plain_name(&name)?;
+            tensors.sort_by_key(|info| std::cmp::Reverse(info.dtype.size()));
+            writer.add_shard(name, &tensors)?;
         }
         if count > 1 {
             writer.write_index()?;
@@ -119,6 +169,7 @@ impl CheckpointWriter {
                 shard: at,
                 offset: (base + offset) as u64,
                 length,
+                claimed: AtomicBool::new(false),
                 written: AtomicBool::new(false),
             };
             if self.places.insert(info.name.clone(), place).is_some() {
@@ -150,6 +201,23 @@ impl CheckpointWriter {
     /// Writes the data of one tensor: its little-endian elements, row-major. Each tensor is written
     /// once; calls may come in any order and from several threads.
     pub fn write(&self, name: &str, bytes: &[u8]) -> Result<(), Error> {
+        self.write_stream(name, |sink| {
+            // Refused before a byte is written.
+            if bytes.len() < sink.place.length {
+                return Err(self.wrong_length(name, sink.place.length, bytes.len()));
+            }
+            sink.put(bytes)
+        })
+    }
+
+    /// Writes one tensor in pieces: `fill` puts them into the sink in order, all of them.
+    ///
+    /// A tensor whose `fill` failed counts as not written and may be written again.
+    pub fn write_stream<E: From<Error>>(
+        &self,
+        name: &str,
+        fill: impl FnOnce(&mut TensorSink<'_>) -> Result<(), E>,
+    ) -> Result<(), E> {
         let subject = || format!("{}: tensor {name}", self.folder.display());
         let Some(place) = self.places.get(name) else {
             return Err(Error::refusal(
@@ -157,29 +225,45 @@ impl CheckpointWriter {
                 "a tensor that was announced",
                 "another name",
                 "announce every tensor when the checkpoint is created",
-            ));
+            )
+            .into());
         };
-        if bytes.len() != place.length {
-            return Err(Error::refusal(
-                subject(),
-                format!("{} bytes", place.length),
-                format!("{} bytes", bytes.len()),
-                "write the tensor in the type and shape it was announced with",
-            ));
-        }
-        if place.written.swap(true, Ordering::Relaxed) {
+        if place.claimed.swap(true, Ordering::Relaxed) {
             return Err(Error::refusal(
                 subject(),
                 "each tensor written once",
                 "a second write",
                 "write every tensor once",
-            ));
+            )
+            .into());
         }
-        let shard = &self.shards[place.shard];
-        shard
-            .file
-            .write_all_at(bytes, place.offset)
-            .map_err(|source| write_error(&self.partial.join(&shard.name), shard.length, source))
+        let mut sink = TensorSink {
+            writer: self,
+            name,
+            place,
+            filled: 0,
+        };
+        let filled = fill(&mut sink).and_then(|()| {
+            if sink.filled == place.length {
+                return Ok(());
+            }
+            Err(self.wrong_length(name, place.length, sink.filled).into())
+        });
+        let state = match filled {
+            Ok(()) => &place.written,
+            Err(_) => &place.claimed,
+        };
+        state.store(filled.is_ok(), Ordering::Relaxed);
+        filled
+    }
+
+    fn wrong_length(&self, name: &str, expected: usize, found: usize) -> Error {
+        Error::refusal(
+            format!("{}: tensor {name}", self.folder.display()),
+            format!("{expected} bytes"),
+            format!("{found} bytes"),
+            "write the tensor in the type and shape it was announced with",
+        )
     }
 
     /// Writes a file beside the weights, `config.json` for example.

@@ -14,7 +14,7 @@ use std::{borrow::Cow, ops::Range, path::Path};
 use serde_json::{Value as Json, json};
 
 use self::{block::BlockType, header::Header};
-use super::map::Map;
+use super::{map::Map, reader::Source};
 use crate::{
     Architecture, Error, TensorInfo, Tokenizer,
     tensor::f32_from_bytes,
@@ -118,7 +118,9 @@ impl Gguf {
         let stored = &self.map[place.range.clone()];
         let bytes = if place.block.is_quantised() {
             let subject = format!("{}: tensor {}", self.file, info.name);
-            Cow::Owned(block::dequantise(place.block, stored, &subject)?)
+            let numbers = block::dequantise(place.block, stored, &subject)?;
+            self.release(at);
+            Cow::Owned(numbers)
         } else {
             Cow::Borrowed(stored)
         };
@@ -129,6 +131,23 @@ impl Gguf {
             }
             None => bytes,
         })
+    }
+
+    /// The same bytes by position; computed ones are held.
+    pub(super) fn source(&self, at: usize, info: &TensorInfo) -> Result<Source<'_>, Error> {
+        let place = &self.places[at];
+        if place.block.is_quantised() || place.unpermute.is_some() {
+            return Ok(Source::Memory(self.bytes(at, info)?));
+        }
+        Ok(Source::File {
+            map: &self.map,
+            range: place.range.clone(),
+        })
+    }
+
+    /// Takes a tensor's pages out of memory.
+    pub(super) fn release(&self, at: usize) {
+        self.map.release(self.places[at].range.clone());
     }
 
     /// The tokenizer of the file's own vocabulary.

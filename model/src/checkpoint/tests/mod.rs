@@ -5,6 +5,7 @@ mod gguf_damage;
 mod naive;
 mod open;
 mod safetensors;
+mod streaming;
 mod writer;
 
 use std::path::{Path, PathBuf};
