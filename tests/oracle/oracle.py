@@ -1,7 +1,10 @@
 """Computes the committed fixtures again with the programs they came from and compares; needs only Python 3.11.
 
-    python3 oracle.py            check every fixture (this is `cargo xtask oracle`)
-    python3 oracle.py write      write them, instead of comparing
+    python3 oracle.py            check every fixture, then remote_code.py (this is `cargo xtask oracle`)
+    python3 oracle.py write      write the fixtures, instead of comparing
+    python3 oracle.py remote     converted checkpoints in transformers only (remote_code.py)
+
+Further arguments go to make_fixtures.py, with `remote` to remote_code.py.
 
 The packages of requirements.txt go into target/oracle/venv (about 6 GB), once.
 """
@@ -20,8 +23,9 @@ ROOT = HERE.parent.parent
 REQUIREMENTS = HERE / "requirements.txt"
 VENV = ROOT / "target" / "oracle" / "venv"
 ACTIONS = {
-    "check": ["make_fixtures.py", "--check"],
-    "write": ["make_fixtures.py"],
+    "check": [["make_fixtures.py", "--check"], ["remote_code.py"]],
+    "write": [["make_fixtures.py"]],
+    "remote": [["remote_code.py"]],
 }
 
 
@@ -60,8 +64,12 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"the oracle's environment: {' '.join(map(str, error.cmd))} failed with {error.returncode}", file=sys.stderr)
         return 2
-    script, *fixed = ACTIONS[action]
-    return subprocess.run([python, HERE / script, *fixed, *rest], env=own_environment()).returncode
+    # All of them run, so that everything wrong is seen at once.
+    codes = []
+    for script, *fixed in ACTIONS[action]:
+        codes.append(subprocess.run([python, "-B", HERE / script, *fixed, *rest], env=own_environment()).returncode)
+        rest = []
+    return max(codes)
 
 
 if __name__ == "__main__":
