@@ -20,7 +20,7 @@ pub const STEPWISE: [usize; 1 + STEPS] = {
 /// The same text in pieces of other sizes, some of several tokens on top of a cache.
 pub const PIECES: [usize; 6] = [17, 7, 1, 5, 1, 25];
 /// How many tiny models are committed.
-pub const MODELS: usize = 17;
+pub const MODELS: usize = 22;
 
 /// `tests/fixtures`.
 pub fn folder() -> PathBuf {

@@ -47,7 +47,7 @@ fn check_all(options: DecoderOptions, pieces: &[usize], tolerance: f64) {
             cases.measure(&model.name, || check(&model, options, pieces, tolerance));
         }
     }
-    cases.finish(MODELS - 3);
+    cases.finish(MODELS - 4);
 }
 
 #[test]

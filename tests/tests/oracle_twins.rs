@@ -17,6 +17,23 @@ const NOTICED: f64 = 2e-2;
 /// Fixture, place in its config.json, and another value for it.
 fn settings() -> Vec<(&'static str, &'static str, Value)> {
     vec![
+        (
+            "gpt_oss_dense",
+            "/layer_types/1",
+            json!("sliding_attention"),
+        ),
+        ("gpt_oss_dense", "/num_experts_per_tok", json!(2)),
+        ("gpt_oss_dense", "/swiglu_alpha", json!(1.702)),
+        ("gpt_oss_dense", "/swiglu_limit", json!(7.0)),
+        ("gpt_oss_mha", "/rope_scaling/beta_fast", json!(0.7)),
+        ("gpt_oss_mha", "/sliding_window", json!(9)),
+        ("gpt_oss_mxfp4", "/rope_scaling/factor", json!(40.0)),
+        ("gpt_oss_mxfp4", "/rope_theta", json!(100_000)),
+        ("gpt_oss_mxfp4", "/sliding_window", json!(7)),
+        ("gpt_oss_padded", "/layer_types/0", json!("full_attention")),
+        ("gpt_oss_sinks", "/rope_scaling/beta_slow", json!(0.375)),
+        ("gpt_oss_sinks", "/rope_scaling/truncate", json!(true)),
+        ("gpt_oss_sinks", "/swiglu_limit", json!(7.0)),
         ("llama_gqa", "/rope_parameters/rope_theta", json!(20000.0)),
         ("llama_head_dim_linear", "/rope_scaling/factor", json!(5.0)),
         ("llama_llama3", "/rope_scaling/factor", json!(12.0)),
@@ -96,5 +113,5 @@ fn a_changed_setting_moves_the_logits() {
             ))
         });
     }
-    cases.finish(22);
+    cases.finish(35);
 }

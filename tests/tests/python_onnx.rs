@@ -100,5 +100,5 @@ fn checker_and_python_onnxruntime_accept_every_export() {
             require_close(&found, &expected, &io.shape(), SAME_RUNTIME)
         });
     }
-    cases.finish(10 * MODELS - 5);
+    cases.finish(10 * MODELS - 10);
 }
