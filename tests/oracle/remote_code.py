@@ -1,9 +1,10 @@
 """Loads converted GPT-OSS checkpoints in transformers with the code that mlac writes beside them.
 
-    python remote_code.py [--only NAME]
+    python remote_code.py [--only NAME]              synthetic checkpoints (synthetic_mla.py) of the GPT-OSS fixtures
+    python remote_code.py CHECKPOINT IO ..           checkpoints that mlac wrote, code included
 
-Each synthetic checkpoint (synthetic_mla.py) is loaded with `trust_remote_code=True` and compared with the float64
-reference: as one prefill, token by token across the window's edge, and in pieces. `generate` must give the same text
+Each is loaded with `trust_remote_code=True` and compared with the float64 reference on the texts of the fixture's
+io.safetensors: as one prefill, token by token across the window's edge, and in pieces. `generate` must give the same text
 with and without a cache, also with beams, and the cache must hold latents only. Exit 1 with a list of what does not hold.
 """
 
@@ -16,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,6 +58,15 @@ def write(source: Path, folder: Path, kind: str) -> None:
         shutil.copy(file, folder)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"auto_map": AUTO_MAP}))
+
+
+def synthetic(only: str, scratch: Path) -> Iterator[tuple[Path, Path]]:
+    """Checkpoints of every kind, each with its texts."""
+    for source in sorted((TESTS / "fixtures").glob("gpt_oss_*")):
+        for kind in synthetic_mla.KINDS if only in source.name else ():
+            folder = scratch / f"{source.name}_{kind}"
+            write(source, folder, kind)
+            yield folder, folder / "io.safetensors"
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **options) -> torch.nn.Module:
@@ -139,7 +150,8 @@ def check_generate(model, io: dict) -> None:
 
 def check_types(folder: Path, model) -> None:
     """In bf16 the frequencies keep all their bits, and the cache is as narrow as the weights."""
-    stored = {name: t for name, t in load_file(folder / "model.safetensors").items() if "rotary_inv_freq" in name}
+    weights = mla_reference.read_weights(folder)
+    stored = {name: torch.from_numpy(t).float() for name, t in weights.items() if name.endswith("rotary_inv_freq")}
     narrow = load(folder, dtype=torch.bfloat16)
     for cast in (narrow, model.bfloat16()):
         for name, frequencies in stored.items():
@@ -156,11 +168,9 @@ def check_offloaded(folder: Path, scratch: Path, io: dict, expected: torch.Tenso
     check_logits(load(folder, device_map=places, offload_folder=scratch), io, expected)
 
 
-def check(source: Path, kind: str, scratch: Path) -> str:
+def check(folder: Path, io_file: Path, scratch: Path) -> str:
     """Everything about one checkpoint; the line to print about it."""
-    folder = scratch / f"{source.name}_{kind}"
-    write(source, folder, kind)
-    io = load_file(folder / "io.safetensors")
+    io = load_file(io_file)
     arrays = [io[name].numpy() for name in ("input_ids", "attention_mask", "position_ids")]
     expected = torch.from_numpy(mla_reference.Model(folder).logits(*arrays))
     model = load(folder)
@@ -175,20 +185,24 @@ def check(source: Path, kind: str, scratch: Path) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", type=Path, nargs="*", metavar="CHECKPOINT IO")
     parser.add_argument("--only", default="", help="only fixtures whose name contains this")
     args = parser.parse_args()
+    if len(args.paths) % 2:
+        parser.error(f"expected pairs of CHECKPOINT IO, found {len(args.paths)} paths")
     torch.set_num_threads(1)
     disable_progress_bar()
     # It says of every offloaded model that it is offloaded.
     logging.getLogger("accelerate.big_modeling").setLevel(logging.ERROR)
+    scratch = Path(SCRATCH.name)
+    given = list(zip(args.paths[::2], args.paths[1::2]))
     problems = 0
-    for source in sorted((TESTS / "fixtures").glob("gpt_oss_*")):
-        for kind in synthetic_mla.KINDS if args.only in source.name else ():
-            try:
-                print(f"{source.name:14} {kind:12} {check(source, kind, Path(SCRATCH.name))}", flush=True)
-            except AssertionError as error:
-                problems += 1
-                print(f"{source.name} {kind}: {error}", file=sys.stderr)
+    for folder, io_file in given or synthetic(args.only, scratch):
+        try:
+            print(f"{folder.name:26} {check(folder, io_file, scratch)}", flush=True)
+        except AssertionError as error:
+            problems += 1
+            print(f"{folder.name}: {error}", file=sys.stderr)
     print(f"{problems} checkpoints failed" if problems else "every converted checkpoint runs as the reference says")
     return 1 if problems else 0
 

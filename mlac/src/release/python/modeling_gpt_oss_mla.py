@@ -36,6 +36,11 @@ class HeadMatrices(nn.Module):
         return self.weight.view(self.shape)
 
 
+def times_own(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """x [B, H, T, n] times y [H, n, m]: [B, H, T, m], without a copy of y for every text."""
+    return torch.einsum("bhtn,hnm->bhtm", x, y)
+
+
 def times_shared(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """x [B, H, T, n] times y [B, 1, n, m]: [B, H, T, m], without a copy of y for every head."""
     return (x.flatten(1, 2) @ y.squeeze(1)).unflatten(1, x.shape[1:3])
@@ -89,9 +94,10 @@ class GptOssMlaAttention(GptOssAttention):
         query = self.q_proj(hidden_states).view(batch, tokens, -1, self.head_dim).transpose(1, 2)
         row = self.kv_a_proj_with_mqa(hidden_states).unsqueeze(1)
         latent, rotary_key = row.split([self.latent_dim, self.rotary_dim], dim=-1)
+        rotary_query = times_own(query, self.q_rope_proj().mT)
         angle = position_ids[..., None].float() * self.rotary_inv_freq
         cos, sin = angle.cos().to(query.dtype), angle.sin().to(query.dtype)
-        rotary_query, rotary_key = apply_rotary_pos_emb(query @ self.q_rope_proj().mT, rotary_key, cos, sin)
+        rotary_query, rotary_key = apply_rotary_pos_emb(rotary_query, rotary_key, cos, sin)
         if past_key_values is not None:
             # As keys and values of one head: [B, 1, S, r] and [B, 1, S, d_r].
             latent, rotary_key = past_key_values.update(latent, rotary_key, self.layer_idx)
@@ -100,7 +106,7 @@ class GptOssMlaAttention(GptOssAttention):
         absorbed = self.absorbed_is_cheaper(tokens, latent.shape[2])
         if absorbed:
             w_uk, w_uv = decoder.split([self.nope_dim, self.value_dim], dim=1)
-            scores = times_shared(query @ w_uk, latent.mT)
+            scores = times_shared(times_own(query, w_uk), latent.mT)
         else:
             heads = (latent.squeeze(1) @ decoder.flatten(0, 1).mT).unflatten(-1, decoder.shape[:2]).transpose(1, 2)
             key, value = heads.split([self.nope_dim, self.value_dim], dim=-1)
@@ -112,7 +118,7 @@ class GptOssMlaAttention(GptOssAttention):
         probabilities = torch.cat([scores, sinks], dim=-1).softmax(dim=-1, dtype=torch.float32)
         probabilities = probabilities[..., :-1].to(query.dtype)
         weights = nn.functional.dropout(probabilities, self.attention_dropout, self.training)
-        output = times_shared(weights, latent) @ w_uv.mT if absorbed else weights @ value
+        output = times_own(times_shared(weights, latent), w_uv.mT) if absorbed else weights @ value
         return self.o_proj(output.transpose(1, 2).flatten(2)), probabilities
 
     def absorbed_is_cheaper(self, tokens: int, attended: int) -> bool:
