@@ -2,7 +2,7 @@
 
 use std::fmt::{self, Write as _};
 
-use crate::ir::{Attribute, Definition, Graph, Initializer, InlineTensor, ValueId};
+use crate::ir::{Attribute, DType, Definition, Graph, Initializer, InlineTensor, Op, ValueId};
 
 /// Constants with more elements than this are shown by their count.
 const LONGEST_SHOWN: usize = 8;
@@ -10,50 +10,62 @@ const LONGEST_SHOWN: usize = 8;
 impl fmt::Display for Graph {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         writeln!(f, "graph {}", self.name())?;
-        for &id in self.inputs() {
-            writeln!(f, "input  {}: {}", self.value(id).name, self.value(id).ty)?;
-        }
-        for weight in self.values().filter_map(|(_, v)| match &v.definition {
-            Definition::Initializer(Initializer::Weight(w)) => Some((v, w)),
-            _ => None,
-        }) {
-            let (value, w) = weight;
-            writeln!(
-                f,
-                "weight {}: {} = {} {:?} {}",
-                value.name, value.ty, w.name, w.source_shape, w.transform
-            )?;
-        }
-        for (_, node) in self.nodes() {
-            let outputs: Vec<String> = node
-                .outputs
-                .iter()
-                .map(|&o| format!("{}: {}", self.value(o).name, self.value(o).ty))
-                .collect();
-            let inputs: Vec<String> = node
-                .inputs
-                .iter()
-                .map(|i| i.map_or_else(|| "-".to_owned(), |i| operand(self, i)))
-                .collect();
-            let mut attributes = String::new();
-            for (name, value) in node.op.attributes() {
+        lines(self, "", f)
+    }
+}
+
+/// The lines of a graph or, indented, of a body.
+fn lines(graph: &Graph, indent: &str, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+    for &id in graph.inputs() {
+        let value = graph.value(id);
+        writeln!(f, "{indent}input  {}: {}", value.name, value.ty)?;
+    }
+    for weight in graph.values().filter_map(|(_, v)| match &v.definition {
+        Definition::Initializer(Initializer::Weight(w)) => Some((v, w)),
+        _ => None,
+    }) {
+        let (value, w) = weight;
+        writeln!(
+            f,
+            "{indent}weight {}: {} = {} {:?} {}",
+            value.name, value.ty, w.name, w.source_shape, w.transform
+        )?;
+    }
+    for (_, node) in graph.nodes() {
+        let outputs: Vec<String> = node
+            .outputs
+            .iter()
+            .map(|&o| format!("{}: {}", graph.value(o).name, graph.value(o).ty))
+            .collect();
+        let inputs: Vec<String> = node
+            .inputs
+            .iter()
+            .map(|i| i.map_or_else(|| "-".to_owned(), |i| operand(graph, i)))
+            .collect();
+        let mut attributes = String::new();
+        for (name, value) in node.op.attributes() {
+            if !matches!(value, Attribute::Graph(_)) {
                 write!(attributes, " {name}={value}")?;
             }
-            let domain = node.op.domain();
-            let dot = if domain.is_empty() { "" } else { "." };
-            writeln!(
-                f,
-                "{} = {domain}{dot}{}({}){attributes}",
-                outputs.join(", "),
-                node.op.name(),
-                inputs.join(", "),
-            )?;
         }
-        for &id in self.outputs() {
-            writeln!(f, "output {}: {}", self.value(id).name, self.value(id).ty)?;
+        let domain = node.op.domain();
+        let dot = if domain.is_empty() { "" } else { "." };
+        writeln!(
+            f,
+            "{indent}{} = {domain}{dot}{}({}){attributes}",
+            outputs.join(", "),
+            node.op.name(),
+            inputs.join(", "),
+        )?;
+        if let Op::Loop { body, .. } = &node.op {
+            lines(body, &format!("{indent}    "), f)?;
         }
-        Ok(())
     }
+    for &id in graph.outputs() {
+        let value = graph.value(id);
+        writeln!(f, "{indent}output {}: {}", value.name, value.ty)?;
+    }
+    Ok(())
 }
 
 /// A value where it is used: its name, or its elements when it is a small constant.
@@ -73,7 +85,7 @@ fn constant(tensor: &InlineTensor) -> String {
     let mut elements = vec![];
     for chunk in tensor.bytes.chunks(tensor.dtype.size()) {
         elements.push(match *chunk {
-            [a, b] => half::f16::from_le_bytes([a, b]).to_string(),
+            [a, b] if tensor.dtype == DType::F16 => half::f16::from_le_bytes([a, b]).to_string(),
             [a, b, c, d] if tensor.dtype.is_float() => f32::from_le_bytes([a, b, c, d]).to_string(),
             [a, b, c, d] => i32::from_le_bytes([a, b, c, d]).to_string(),
             [a, b, c, d, e, g, h, i] => i64::from_le_bytes([a, b, c, d, e, g, h, i]).to_string(),
@@ -94,6 +106,8 @@ impl fmt::Display for Attribute {
             Self::Float(x) => write!(f, "{x}"),
             Self::Ints(all) => write!(f, "{all:?}"),
             Self::DType(d) => write!(f, "{d}"),
+            Self::Text(word) => f.write_str(word),
+            Self::Graph(graph) => f.write_str(graph.name()),
         }
     }
 }

@@ -6,24 +6,27 @@
 //! 1. Handles: every handle in a node, an input or an output points into the graph.
 //! 2. Single assignment: every value is defined once, where its definition says, and a node's
 //!    inputs are defined before the node.
-//! 3. Names: of values and of nodes, unique, not empty, printable ASCII without spaces.
+//! 3. Names: of values and of nodes, unique, not empty, printable ASCII without spaces or slashes.
 //! 4. Types: the types and shapes of a node's outputs are those that its inputs imply.
 //! 5. Outputs: at least one, distinct, computed by nodes.
 //! 6. Nothing dead: every input, initializer and node is needed by an output.
-//! 7. Symbols: every symbol of a shape occurs in the shape of an input.
+//! 7. Symbols: every symbol of a shape occurs in the shape of an input, or one node brings it
+//!    in ([`crate::ir::Op::introduces`]; several `Tail`s may bring in one that means the same).
 //! 8. Inline constants: as many bytes as type and shape say, and small.
-//! 9. Weights: floating point, the transform applies to the source shape and leaves as many
+//! 9. Weights: floating point, or bytes as they are; the transform applies to the source shape and leaves as many
 //!    elements as the shape has; one checkpoint tensor has one source shape.
 //! 10. Caches: every input `past_*` has one output `present*` of the same type and rank, equal in
-//!     all axes but one, which grows by the new tokens; and the other way round.
+//!     all axes but one, which grows by the new tokens or keeps the last ones; and the other way round.
+//! 11. Bodies of loops: each is a graph with these invariants, but its inputs stand for values outside;
+//!     none but the run's number, the condition and carried values may be unused, and it has no weights.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use crate::{
     error::NodeError,
     ir::{
-        Definition, Dim, Graph, Initializer, InlineTensor, Node, NodeId, TensorType, Value,
-        ValueId, WeightRef, infer_node,
+        DType, Definition, Dim, Graph, Initializer, InlineTensor, Node, NodeId, Op, TensorType,
+        Transform, Value, ValueId, WeightRef, infer_node,
     },
     passes::dead,
 };
@@ -142,6 +145,22 @@ pub enum Violation {
         /// What is wrong.
         problem: String,
     },
+    /// Invariant 7, symbols that nodes bring in.
+    #[error("node {node}: brings in the symbol {symbol}, which has another meaning")]
+    Symbol {
+        /// The node.
+        node: String,
+        /// The symbol.
+        symbol: String,
+    },
+    /// Invariant 11.
+    #[error("body of {node}: {problem}")]
+    Body {
+        /// The node.
+        node: String,
+        /// What is wrong.
+        problem: String,
+    },
 }
 
 /// Checks every invariant and seals the graph.
@@ -151,11 +170,53 @@ pub(crate) fn seal(graph: Graph) -> Result<ValidGraph, Violation> {
     names(&graph)?;
     types(&graph)?;
     outputs(&graph)?;
-    nothing_dead(&graph)?;
+    nothing_dead(&graph, &dead::live(&graph))?;
     symbols(&graph)?;
     initializers(&graph)?;
     caches(&graph)?;
+    bodies(&graph)?;
     Ok(ValidGraph(graph))
+}
+
+/// Checks what the body of a loop with `carried` values must satisfy and gives it back.
+pub(crate) fn check_body(graph: Graph, carried: usize) -> Result<Graph, Violation> {
+    body(&graph, carried)?;
+    Ok(graph)
+}
+
+fn bodies(graph: &Graph) -> Result<(), Violation> {
+    for node in &graph.nodes {
+        if let Op::Loop {
+            body: inner,
+            carried,
+        } = &node.op
+        {
+            body(inner, *carried).map_err(|violation| Violation::Body {
+                node: node.name.clone(),
+                problem: violation.to_string(),
+            })?;
+        }
+    }
+    Ok(())
+}
+
+fn body(graph: &Graph, carried: usize) -> Result<(), Violation> {
+    handles(graph)?;
+    assignment(graph)?;
+    names(graph)?;
+    types(graph)?;
+    outputs(graph)?;
+    nothing_dead(graph, &dead::live_in_body(graph, 2 + carried))?;
+    symbols(graph)?;
+    initializers(graph)?;
+    bodies(graph)?;
+    match graph.weights().next() {
+        Some(weight) => Err(Violation::Initializer {
+            name: weight.name.clone(),
+            problem: "a weight inside a body, it must be captured".to_owned(),
+        }),
+        None => Ok(()),
+    }
 }
 
 fn handles(graph: &Graph) -> Result<(), Violation> {
@@ -257,6 +318,10 @@ fn names(graph: &Graph) -> Result<(), Violation> {
             if !name.chars().all(|c| c.is_ascii_graphic()) {
                 return wrong(name, "not printable ASCII without spaces");
             }
+            // Slashes separate the names of a body from its loop's in a written file.
+            if name.contains('/') {
+                return wrong(name, "a slash");
+            }
             if !seen.insert(name) {
                 return wrong(name, "used twice");
             }
@@ -314,8 +379,7 @@ fn outputs(graph: &Graph) -> Result<(), Violation> {
     Ok(())
 }
 
-fn nothing_dead(graph: &Graph) -> Result<(), Violation> {
-    let live = dead::live(graph);
+fn nothing_dead(graph: &Graph, live: &dead::Live) -> Result<(), Violation> {
     for (id, value) in graph.values() {
         if !live.values[id.0 as usize] {
             let kind = match value.definition {
@@ -342,11 +406,30 @@ fn nothing_dead(graph: &Graph) -> Result<(), Violation> {
 }
 
 fn symbols(graph: &Graph) -> Result<(), Violation> {
-    let bound: BTreeSet<&str> = graph
+    let mut bound: BTreeSet<&str> = graph
         .inputs
         .iter()
         .flat_map(|&i| graph.value(i).ty.shape.iter().flat_map(Dim::symbols))
         .collect();
+    let mut tails: BTreeMap<&str, TailMeaning<'_>> = BTreeMap::new();
+    for node in &graph.nodes {
+        let Some(symbol) = node.op.introduces() else {
+            continue;
+        };
+        let meaning = tail_meaning(graph, node);
+        let again = tails
+            .get(symbol)
+            .is_some_and(|m| Some(m) == meaning.as_ref());
+        if !bound.insert(symbol) && !again {
+            return Err(Violation::Symbol {
+                node: node.name.clone(),
+                symbol: symbol.to_owned(),
+            });
+        }
+        if let Some(meaning) = meaning {
+            tails.insert(symbol, meaning);
+        }
+    }
     for value in &graph.values {
         for symbol in value.ty.shape.iter().flat_map(Dim::symbols) {
             if !bound.contains(symbol) {
@@ -359,6 +442,20 @@ fn symbols(graph: &Graph) -> Result<(), Violation> {
         }
     }
     Ok(())
+}
+
+/// What is cut and the start of the cut.
+type TailMeaning<'g> = (&'g Dim, &'g [Dim]);
+
+fn tail_meaning<'g>(graph: &'g Graph, node: &Node) -> Option<TailMeaning<'g>> {
+    let (Op::Tail { .. }, &[Some(data), Some(start), _, Some(axis)]) =
+        (&node.op, node.inputs.as_slice())
+    else {
+        return None;
+    };
+    let axis = graph.value(axis).content.as_ref()?.first()?.as_known()?;
+    let whole = graph.value(data).ty.shape.get(axis)?;
+    Some((whole, graph.value(start).content.as_deref()?))
 }
 
 fn initializers(graph: &Graph) -> Result<(), Violation> {
@@ -381,7 +478,7 @@ fn initializers(graph: &Graph) -> Result<(), Violation> {
     Ok(())
 }
 
-fn has_type(ty: &TensorType, dtype: crate::ir::DType, shape: &[usize]) -> bool {
+fn has_type(ty: &TensorType, dtype: DType, shape: &[usize]) -> bool {
     ty.dtype == dtype
         && ty
             .shape
@@ -412,7 +509,8 @@ fn weight_problem<'g>(
     ty: &TensorType,
     sources: &mut BTreeMap<&'g str, &'g [usize]>,
 ) -> Option<String> {
-    if !weight.dtype.is_float() {
+    let bytes = matches!(weight.transform, Transform::Bytes | Transform::Scales);
+    if !(bytes || weight.dtype.is_float() || weight.dtype == DType::BF16) {
         return Some(format!(
             "a weight of type {}, weights are floating point",
             weight.dtype

@@ -12,7 +12,7 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use common::{converted, llama, qwen2, qwen3};
+use common::{converted, gpt_oss, llama, qwen2, qwen3};
 use mlac_graph::{
     Error,
     builders::{
@@ -21,7 +21,7 @@ use mlac_graph::{
     },
     ir::{DType, MICROSOFT_DOMAIN},
 };
-use mlac_model::{ModelConfig, checkpoint::expected_tensors};
+use mlac_model::{ExpertFormat, ModelConfig, checkpoint::expected_tensors};
 
 fn configurations() -> Vec<ModelConfig> {
     let biased = ModelConfig {
@@ -36,6 +36,9 @@ fn configurations() -> Vec<ModelConfig> {
         converted(llama(3), &[0, 2]),
         converted(biased, &[0, 1]),
         converted(qwen3(3), &[1]),
+        gpt_oss(3, ExpertFormat::Mxfp4),
+        gpt_oss(1, ExpertFormat::Dense),
+        converted(gpt_oss(3, ExpertFormat::Dense), &[0, 1]),
     ]
 }
 
@@ -94,20 +97,24 @@ fn every_form_has_the_same_interface() {
             let (groups, d) = (cfg.num_key_value_heads, cfg.head_dim);
             let mut caches = 0;
             for layer in 0..cfg.num_hidden_layers {
+                let (rows, kept) = match cfg.sliding_window[layer] {
+                    None => ("past".to_owned(), "past+seq".to_owned()),
+                    Some(w) => (format!("past_w{w}"), format!("present_w{w}")),
+                };
                 if let Some(mla) = cfg.mla_layer(layer) {
                     let w = mla.cache_width();
                     let past = input(&format!("past_latent.{layer}"));
                     let present = output(&format!("present_latent.{layer}"));
-                    assert_eq!(past, format!("{dtype}[batch, past, {w}]"));
-                    assert_eq!(present, format!("{dtype}[batch, past+seq, {w}]"));
+                    assert_eq!(past, format!("{dtype}[batch, {rows}, {w}]"));
+                    assert_eq!(present, format!("{dtype}[batch, {kept}, {w}]"));
                     caches += 1;
                     continue;
                 }
                 for part in ["key", "value"] {
                     let past = input(&format!("past_key_values.{layer}.{part}"));
                     let present = output(&format!("present.{layer}.{part}"));
-                    assert_eq!(past, format!("{dtype}[batch, {groups}, past, {d}]"));
-                    assert_eq!(present, format!("{dtype}[batch, {groups}, past+seq, {d}]"));
+                    assert_eq!(past, format!("{dtype}[batch, {groups}, {rows}, {d}]"));
+                    assert_eq!(present, format!("{dtype}[batch, {groups}, {kept}, {d}]"));
                     caches += 1;
                 }
             }

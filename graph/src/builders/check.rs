@@ -86,12 +86,17 @@ pub(super) fn config(cfg: &ModelConfig) -> Result<(), Refusal> {
         }
         let rope = shape.qk_rope_head_dim;
         require("qk_rope_head_dim", rope % 2 == 0, "an even number", rope)?;
-        if shape.encoder == MlaEncoder::NormedKey {
+        if shape.encoder != MlaEncoder::Hidden {
+            let normed = shape.encoder == MlaEncoder::NormedKey;
             require(
                 "mla_encoder",
-                cfg.qk_norm,
-                "hidden, the model has no q and k norm",
-                "normed_key",
+                cfg.qk_norm == normed,
+                if normed {
+                    "hidden or kept_query, the model has no q and k norm"
+                } else {
+                    "normed_key, the model has q and k norm"
+                },
+                shape.encoder.name(),
             )?;
             let (d, nope) = (cfg.head_dim, shape.qk_nope_head_dim);
             require(

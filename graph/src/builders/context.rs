@@ -65,14 +65,30 @@ pub(super) struct Axes {
     pub(super) batch: Dim,
     /// New tokens.
     pub(super) seq: Dim,
-    /// Cached tokens; the constant 0 in a graph without cache.
+    /// Tokens seen so far, which layers without a window have cached; the constant 0 in a graph
+    /// without cache.
     pub(super) past: Dim,
 }
 
 impl Axes {
-    /// Cached and new tokens.
+    /// Tokens seen so far and new ones.
     pub(super) fn total(&self) -> Dim {
         &self.past + &self.seq
+    }
+
+    /// Rows that a layer has cached: with a window at most that many, the last ones.
+    pub(super) fn cached(&self, window: Option<usize>) -> Dim {
+        match window {
+            Some(window) if self.past.as_constant().is_none() => {
+                Dim::symbol(&format!("past_w{window}"))
+            }
+            _ => self.past.clone(),
+        }
+    }
+
+    /// Cached and new rows of a layer.
+    pub(super) fn rows(&self, window: Option<usize>) -> Dim {
+        &self.cached(window) + &self.seq
     }
 }
 
@@ -92,8 +108,10 @@ pub(super) struct Context<'a> {
     pub(super) biases: BTreeMap<(Option<usize>, DType), ValueId>,
     pub(super) gqa_angles: Option<Angles>,
     pub(super) positions_f32: Option<ValueId>,
-    /// Lengths as `GroupQueryAttention` wants them: i32 `[batch]` and i32 scalar.
-    pub(super) lengths: Option<(ValueId, ValueId)>,
+    /// f32 `[65536, 4]`, the FP4 numbers of two bytes.
+    pub(super) fp4_quads: Option<ValueId>,
+    /// Lengths as `GroupQueryAttention` wants them, by window: i32 `[batch]` and i32 scalar.
+    pub(super) lengths: BTreeMap<Option<usize>, (ValueId, ValueId)>,
 }
 
 impl<'a> Context<'a> {
@@ -112,15 +130,20 @@ impl<'a> Context<'a> {
             biases: BTreeMap::new(),
             gqa_angles: None,
             positions_f32: None,
-            lengths: None,
+            fp4_quads: None,
+            lengths: BTreeMap::new(),
         }
     }
 
     /// Whether heads of `width` numbers go through the `Attention` operator. `TensorRt` for RTX 1.7
     /// refuses to build it where it has no fused kernel: in f32 for several new tokens, and for
     /// widths that are not a multiple of 8.
+    ///
+    /// The operator has no input for sinks, and a cached row that stands for them would have to be
+    /// put in front of the whole cache in every step; so layers with sinks use products and a softmax.
     pub(super) fn fuses(&self, width: usize) -> bool {
-        self.runtime == Runtime::TensorRt
+        !self.cfg.sinks
+            && self.runtime == Runtime::TensorRt
             && self.dtype == DType::F16
             && width <= LARGEST_FUSED_HEAD
             && width.is_multiple_of(8)
@@ -133,7 +156,7 @@ impl<'a> Context<'a> {
         }
     }
 
-    /// What is added to the scores of a layer, `[batch or 1, 1, seq, total]`, built once per window
+    /// What is added to the scores of a layer, `[batch or 1, 1, seq, rows]`, built once per window
     /// and type; `None` when a single new token sees everything.
     pub(super) fn bias(
         &mut self,

@@ -8,6 +8,7 @@ use super::{
     context::{Axes, CacheProduct, Context, GqaForm, MlaForm, Runtime},
     head,
     mlp::mlp,
+    moe::moe,
     norm::rms_norm,
 };
 use crate::{
@@ -152,10 +153,11 @@ pub(super) fn attend(
     })
 }
 
-/// The rest of a layer: adds the attention's output to the residual stream, then the MLP's.
+/// The rest of a layer: adds the attention's output to the residual stream, then the MLP's or the
+/// experts'.
 pub(super) fn after_attention(
     b: &mut GraphBuilder,
-    cx: &Context<'_>,
+    cx: &mut Context<'_>,
     layer: usize,
     hidden: ValueId,
     attention: ValueId,
@@ -164,6 +166,9 @@ pub(super) fn after_attention(
     let prefix = format!("model.layers.{layer}");
     let tensor = format!("{prefix}.post_attention_layernorm");
     let x = rms_norm(b, "post_norm", hidden, &tensor, cx.cfg.rms_norm_eps)?;
-    let x = mlp(b, cx.cfg, &prefix, x)?;
+    let x = match cx.cfg.moe {
+        Some(experts) => moe(b, cx, experts, &prefix, x)?,
+        None => mlp(b, cx.cfg, &prefix, x)?,
+    };
     b.add("mlp_residual", hidden, x)
 }

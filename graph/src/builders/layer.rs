@@ -112,7 +112,7 @@ pub fn layer_graph(
         attention::output_projection(b, &cx, layer, heads)
     })?;
     found.push((Tap::AttnOut, out));
-    let hidden_out = after_attention(b, &cx, layer, hidden, out)?;
+    let hidden_out = after_attention(b, &mut cx, layer, hidden, out)?;
     found.push((Tap::HiddenOut, hidden_out));
     for tap in &options.taps {
         if let Some((_, value)) = found.iter().find(|(t, _)| t == tap) {
@@ -155,14 +155,14 @@ pub fn rest_of_layer_graph(cfg: &ModelConfig, layer: usize) -> Result<ValidGraph
     check::config(cfg)?;
     check::layer(cfg, layer)?;
     let mut b = GraphBuilder::new(&format!("rest_of_layer.{layer}"));
-    let (hidden, cx) = sequence_inputs(&mut b, cfg, DType::F32);
+    let (hidden, mut cx) = sequence_inputs(&mut b, cfg, DType::F32);
     let width = attention::heads_width(&cx, layer);
     let shape = vec![cx.axes.batch.clone(), cx.axes.seq.clone(), width.into()];
     let heads = b.input("attn_heads", DType::F32, shape);
     let out = b.scope("attn", |b| {
         attention::output_projection(b, &cx, layer, heads)
     })?;
-    let hidden_out = after_attention(&mut b, &cx, layer, hidden, out)?;
+    let hidden_out = after_attention(&mut b, &mut cx, layer, hidden, out)?;
     b.output(Tap::AttnOut.name(), out);
     b.output(Tap::HiddenOut.name(), hidden_out);
     b.finish()

@@ -2,7 +2,8 @@
 //!
 //! A new token in slot `past + t` sees the slots up to its own, of these the last `window` when the
 //! layer has a window, and never padding. Slots, not positions, are compared: with padding on the left
-//! both differ by a constant, so differences agree.
+//! both differ by a constant, so differences agree. A layer with a window has cached the last
+//! `cached = min(past, window)` slots only, so slots count from the first of these.
 
 use super::context::Axes;
 use crate::{
@@ -19,7 +20,7 @@ fn hidden(dtype: DType) -> f32 {
     }
 }
 
-/// `[batch or 1, 1, seq, total]` of `dtype`: 0 where a query sees a key, very negative elsewhere.
+/// `[batch or 1, 1, seq, rows]` of `dtype`, `rows` what the layer has cached and the new tokens: 0 where a query sees a key, very negative elsewhere.
 pub(super) fn bias(
     b: &mut GraphBuilder,
     axes: &Axes,
@@ -35,10 +36,10 @@ pub(super) fn bias(
         b.scope(&name, |b| {
             let zero = b.constant(InlineTensor::i64(&[], &[0]));
             let one = b.constant(InlineTensor::i64(&[], &[1]));
-            let past = b.dim_scalar(&axes.past)?;
-            let total = b.dim_scalar(&axes.total())?;
-            let keys = b.node("keys", Op::Range, &[zero, total, one])?;
-            let queries = b.node("queries", Op::Range, &[past, total, one])?;
+            let cached = b.dim_scalar(&axes.cached(window))?;
+            let rows = b.dim_scalar(&axes.rows(window))?;
+            let keys = b.node("keys", Op::Range, &[zero, rows, one])?;
+            let queries = b.node("queries", Op::Range, &[cached, rows, one])?;
             let queries = b.unsqueeze("query_rows", queries, &[1])?;
             let mut seen = b.compare("causal", Compare::LessOrEqual, keys, queries)?;
             if let Some(window) = window {
@@ -49,6 +50,7 @@ pub(super) fn bias(
             }
             seen = b.unsqueeze("causal_4d", seen, &[0, 1])?;
             if let Some(mask) = attention_mask {
+                let mask = last_slots(b, axes, mask, window)?;
                 let real = b.compare("real", Compare::Greater, mask, zero)?;
                 let real = b.unsqueeze("real_4d", real, &[1, 2])?;
                 seen = b.node("seen", Op::And, &[seen, real])?;
@@ -58,4 +60,21 @@ pub(super) fn bias(
             b.node("bias", Op::Where, &[seen, nothing, hidden])
         })
     })
+}
+
+/// Of `mask [batch, total]` the slots that a layer has cached and the new ones.
+fn last_slots(
+    b: &mut GraphBuilder,
+    axes: &Axes,
+    mask: ValueId,
+    window: Option<usize>,
+) -> Result<ValueId, NodeError> {
+    let (total, rows) = (axes.total(), axes.rows(window));
+    if total == rows {
+        return Ok(mask);
+    }
+    let total = b.dim_value(&total)?;
+    let rows = b.dim_value(&rows)?;
+    let first = b.sub("first_slot", total, rows)?;
+    b.slice_from("last_slots", mask, 1, first)
 }

@@ -12,6 +12,7 @@ mod head;
 mod layer;
 mod mask;
 mod mlp;
+mod moe;
 mod norm;
 mod rope;
 mod step;

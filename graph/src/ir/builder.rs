@@ -1,6 +1,9 @@
 //! The only type that changes a graph.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use super::{
     DType, Definition, Dim, Graph, Initializer, InlineTensor, Node, NodeId, Op, TensorType,
@@ -30,6 +33,17 @@ pub struct GraphBuilder {
     pub(super) scalars: BTreeMap<Dim, ValueId>,
     /// Values that hold a whole shape, i64 `[rank]`.
     pub(super) shapes: BTreeMap<Vec<Dim>, ValueId>,
+}
+
+/// What one run of a loop's body has.
+#[derive(Debug, Clone, Copy)]
+pub struct Run<const N: usize, const M: usize> {
+    /// Number of the run from 0, i64 scalar.
+    pub iteration: ValueId,
+    /// What the run before gave.
+    pub carried: [ValueId; N],
+    /// Values of the graph outside, the same in every run.
+    pub captured: [ValueId; M],
 }
 
 impl GraphBuilder {
@@ -145,7 +159,7 @@ impl GraphBuilder {
             return id;
         }
         let suffix = match weight.transform {
-            Transform::AsIs => "",
+            Transform::AsIs | Transform::Bytes | Transform::Scales => "",
             Transform::Transpose2D => ".t",
             Transform::KvBKey { .. } => ".key",
             Transform::KvBValue { .. } => ".value_t",
@@ -217,6 +231,71 @@ impl GraphBuilder {
         let name = self.unique(name);
         self.graph.values[value.0 as usize].name = name;
         self.graph.outputs.push(value);
+    }
+
+    /// Runs a body `trips` times (i64 scalar), which gets its number, what the last run carried to it
+    /// (at first `carried`) and the captured values, and gives what it carries on; captured values that
+    /// it does not need are let go. Gives what the last run carried on.
+    pub fn repeat<const N: usize, const M: usize>(
+        &mut self,
+        name: &str,
+        trips: ValueId,
+        carried: [ValueId; N],
+        captured: [ValueId; M],
+        build: impl FnOnce(&mut Self, Run<N, M>) -> Result<[ValueId; N], NodeError>,
+    ) -> Result<[ValueId; N], NodeError> {
+        let mut body = Self::new(name);
+        let iteration = body.input("iteration", DType::I64, vec![]);
+        let go_on = body.input("condition", DType::Bool, vec![]);
+        let mut inside = |id: ValueId, followed: bool| {
+            let value = self.graph.value(id);
+            let inner = body.input(&value.name, value.ty.dtype, value.ty.shape.clone());
+            if followed {
+                body.graph.values[inner.0 as usize].content = value.content.clone();
+            }
+            inner
+        };
+        let run = Run {
+            iteration,
+            carried: carried.map(|id| inside(id, false)),
+            captured: captured.map(|id| inside(id, true)),
+        };
+        let results = build(&mut body, run)?;
+        let go_on = body.node("go_on", Op::Identity, &[go_on])?;
+        body.graph.outputs.push(go_on);
+        body.graph.outputs.extend(results);
+        let fixed = 2 + N;
+        let live = dead::live_in_body(&body.graph, fixed);
+        let needed: Vec<bool> = body.graph.inputs[fixed..]
+            .iter()
+            .map(|i| live.values[i.0 as usize])
+            .collect();
+        body.retain(&live);
+        let body = validate::check_body(body.graph, N).map_err(|violation| NodeError {
+            node: format!("{name} (Loop)"),
+            expected: "a valid body".to_owned(),
+            found: violation.to_string(),
+        })?;
+        let inputs: Vec<Option<ValueId>> = [Some(trips), None]
+            .into_iter()
+            .chain(carried.map(Some))
+            .chain(
+                captured
+                    .into_iter()
+                    .zip(needed)
+                    .filter_map(|(c, n)| n.then_some(Some(c))),
+            )
+            .collect();
+        let op = Op::Loop {
+            body: Arc::new(body),
+            carried: N,
+        };
+        let outputs = self.apply(name, op, &inputs)?;
+        <[ValueId; N]>::try_from(outputs).map_err(|outputs| NodeError {
+            node: format!("{name} (Loop)"),
+            expected: format!("{N} carried values"),
+            found: outputs.len().to_string(),
+        })
     }
 
     /// Removes what no output needs, inputs included, checks every invariant of

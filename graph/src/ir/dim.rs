@@ -115,18 +115,15 @@ impl Dim {
         self.as_constant() == Some(1)
     }
 
-    /// The part with symbols and the part without.
-    pub fn split_constant(&self) -> (Self, i64) {
-        let mut rest = self.clone();
-        let constant = rest
-            .terms
-            .first()
-            .filter(|t| t.monomial.0.is_empty())
-            .map(|t| t.factor);
-        if constant.is_some() {
-            rest.terms.remove(0);
-        }
-        (rest, constant.unwrap_or(0))
+    /// The first term and the sum of the others; `None` when there is but one.
+    pub fn split_term(&self) -> Option<(Self, Self)> {
+        let [first, rest @ ..] = self.terms.as_slice() else {
+            return None;
+        };
+        let some = |terms: &[Term]| Self {
+            terms: terms.to_vec(),
+        };
+        (!rest.is_empty()).then(|| (some(std::slice::from_ref(first)), some(rest)))
     }
 
     /// The names that occur, sorted, each once.
@@ -284,11 +281,12 @@ mod tests {
     }
 
     #[test]
-    fn constant_part_splits_off() {
+    fn the_first_term_splits_off() {
         let past = Dim::symbol("past");
-        assert_eq!((&past + &Dim::known(1)).split_constant(), (past.clone(), 1));
-        assert_eq!(past.split_constant(), (past.clone(), 0));
-        assert_eq!(Dim::known(3).split_constant(), (Dim::known(0), 3));
+        let one = Dim::known(1);
+        assert_eq!((&past + &one).split_term(), Some((one, past.clone())));
+        assert_eq!(past.split_term(), None);
+        assert_eq!(Dim::known(3).split_term(), None);
     }
 
     /// Any polynomial of two terms over three symbols.
@@ -311,8 +309,9 @@ mod tests {
         ) {
             prop_assert_eq!(&(&a + &b) * &c, &(&a * &c) + &(&b * &c));
             prop_assert_eq!(&(&a - &b) + &b, a.clone());
-            let (rest, constant) = a.split_constant();
-            prop_assert_eq!(&rest + &Dim::constant(constant), a);
+            if let Some((first, rest)) = a.split_term() {
+                prop_assert_eq!(&first + &rest, a);
+            }
         }
 
         #[test]

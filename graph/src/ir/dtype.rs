@@ -15,6 +15,12 @@ pub enum DType {
     I32,
     /// One byte, 0 or 1.
     Bool,
+    /// The upper half of IEEE single precision; stored and cast, never computed with.
+    BF16,
+    /// One byte without a sign.
+    U8,
+    /// Two bytes without a sign.
+    U16,
 }
 
 impl DType {
@@ -22,18 +28,18 @@ impl DType {
     pub fn size(self) -> usize {
         match self {
             Self::F32 | Self::I32 => 4,
-            Self::F16 => 2,
+            Self::F16 | Self::BF16 | Self::U16 => 2,
             Self::I64 => 8,
-            Self::Bool => 1,
+            Self::Bool | Self::U8 => 1,
         }
     }
 
-    /// Whether the type is floating point.
+    /// Whether the type is floating point and operators compute in it.
     pub fn is_float(self) -> bool {
         matches!(self, Self::F32 | Self::F16)
     }
 
-    /// Whether the type is an integer (not [`DType::Bool`]).
+    /// Whether the type is an integer that operators compute with (not [`DType::Bool`]).
     pub fn is_integer(self) -> bool {
         matches!(self, Self::I64 | Self::I32)
     }
@@ -47,6 +53,9 @@ impl fmt::Display for DType {
             Self::I64 => "i64",
             Self::I32 => "i32",
             Self::Bool => "bool",
+            Self::BF16 => "bf16",
+            Self::U8 => "u8",
+            Self::U16 => "u16",
         })
     }
 }

@@ -13,8 +13,8 @@ mod weight;
 
 use std::fmt;
 
-pub use builder::GraphBuilder;
 pub(crate) use builder::infer_node;
+pub use builder::{GraphBuilder, Run};
 pub use dim::Dim;
 pub use dtype::DType;
 pub use op::{Attribute, Binary, Compare, MICROSOFT_DOMAIN, Op, Unary};

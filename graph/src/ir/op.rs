@@ -2,7 +2,9 @@
 //!
 //! Only what the builders use is here; semantics are ONNX's, opset 23, unless a domain is given.
 
-use super::DType;
+use std::sync::Arc;
+
+use super::{DType, Graph};
 
 /// An operator with its attributes.
 #[derive(Debug, Clone, PartialEq)]
@@ -41,8 +43,15 @@ pub enum Op {
         /// The axis.
         axis: usize,
     },
-    /// `data, starts, ends, axes`: a range along each listed axis, step 1.
+    /// `data, starts, ends, axes`: a range along each listed axis, step 1; an end of `i64::MAX` is
+    /// the end of the axis.
     Slice,
+    /// ONNX's `Slice` with `data, [-n], [i64::MAX], [axis]`: the last `n` rows along an axis, all when
+    /// there are fewer.
+    Tail {
+        /// Symbol of how many there are, `min(n, size)`.
+        size: Arc<str>,
+    },
     /// `data, sizes`: parts along an axis.
     Split {
         /// The axis.
@@ -65,6 +74,38 @@ pub enum Op {
     Gather {
         /// The axis.
         axis: usize,
+    },
+    /// `data, indices [n, q]` (i64): the slices `data[indices[i, 0], .., indices[i, q-1]]`.
+    GatherNd,
+    /// `data, indices [n, 1]` (i64), `updates [n, ..]`: `data` with each update added to its slice.
+    ScatterAdd,
+    /// `x, [k]`: the `k` largest along the last axis, in falling order, and their indices.
+    TopK,
+    /// The distinct elements of an integer tensor, rising, with one axis.
+    Unique {
+        /// Symbol of how many there are; no other node's.
+        size: Arc<str>,
+    },
+    /// Indices of what is not zero, `[rank, size]`, i64; the first axis varies slowest.
+    NonZero {
+        /// Symbol of how many there are; no other node's.
+        size: Arc<str>,
+    },
+    /// Sum over the axes of a second input, which stay with size 1.
+    ReduceSum,
+    /// The input.
+    Identity,
+    /// `trips (i64 scalar), -, carried.., captured..`: runs `body` `trips` times, feeds what one run gives
+    /// to the next and gives what the last one gave.
+    ///
+    /// The body's inputs are the run's number (i64 scalar), a bool scalar, the carried and the captured
+    /// values; its outputs a bool scalar (go on) and the carried values. A body has no weights
+    /// of its own: they are captured. In ONNX a body sees outer values by name; here every one is listed.
+    Loop {
+        /// What is run.
+        body: Arc<Graph>,
+        /// How many values are carried.
+        carried: usize,
     },
     /// `start, limit, delta` (i64 scalars): an arithmetic series.
     Range,
@@ -92,7 +133,7 @@ pub enum Op {
     },
     /// `com.microsoft::GroupQueryAttention`: `q [batch, seq, H*d], k, v [batch, seq, G*d], past_key,
     /// past_value [batch, G, past, d], seqlens_k [batch] i32, total [] i32, -, -, -, bias
-    /// [batch, 1, seq, total]` gives `[batch, seq, H*d]` and the present keys and values.
+    /// [batch, 1, seq, total], sinks [H]` (the last two optional) gives `[batch, seq, H*d]` and the present keys and values.
     GroupQueryAttention {
         /// Query heads, H.
         heads: usize,
@@ -112,6 +153,14 @@ pub enum Binary {
     Sub,
     /// Product.
     Mul,
+    /// Quotient; of integers, rounded to zero.
+    Div,
+    /// Remainder of integers that are not negative.
+    Mod,
+    /// The smaller one.
+    Min,
+    /// The larger one.
+    Max,
 }
 
 /// Comparison of two tensors.
@@ -121,6 +170,8 @@ pub enum Compare {
     LessOrEqual,
     /// `a > b`.
     Greater,
+    /// `a == b`.
+    Equal,
 }
 
 /// Function of one tensor.
@@ -146,6 +197,11 @@ impl Op {
             Self::Binary(Binary::Add) => "Add",
             Self::Binary(Binary::Sub) => "Sub",
             Self::Binary(Binary::Mul) => "Mul",
+            Self::Binary(Binary::Div) => "Div",
+            Self::Binary(Binary::Mod) => "Mod",
+            Self::Binary(Binary::Min) => "Min",
+            Self::Binary(Binary::Max) => "Max",
+            Self::Compare(Compare::Equal) => "Equal",
             Self::Compare(Compare::LessOrEqual) => "LessOrEqual",
             Self::Compare(Compare::Greater) => "Greater",
             Self::And => "And",
@@ -160,13 +216,21 @@ impl Op {
             Self::Reshape => "Reshape",
             Self::Transpose { .. } => "Transpose",
             Self::Concat { .. } => "Concat",
-            Self::Slice => "Slice",
+            Self::Slice | Self::Tail { .. } => "Slice",
             Self::Split { .. } => "Split",
             Self::Unsqueeze => "Unsqueeze",
             Self::Squeeze => "Squeeze",
             Self::Expand => "Expand",
             Self::Shape { .. } => "Shape",
             Self::Gather { .. } => "Gather",
+            Self::GatherNd => "GatherND",
+            Self::ScatterAdd => "ScatterND",
+            Self::TopK => "TopK",
+            Self::Unique { .. } => "Unique",
+            Self::NonZero { .. } => "NonZero",
+            Self::ReduceSum => "ReduceSum",
+            Self::Identity => "Identity",
+            Self::Loop { .. } => "Loop",
             Self::Range => "Range",
             Self::Softmax { .. } => "Softmax",
             Self::RmsNormalization { .. } => "RMSNormalization",
@@ -181,6 +245,14 @@ impl Op {
         match self {
             Self::GroupQueryAttention { .. } => MICROSOFT_DOMAIN,
             _ => "",
+        }
+    }
+
+    /// The symbol that the operator brings into the shapes that follow.
+    pub fn introduces(&self) -> Option<&str> {
+        match self {
+            Self::Tail { size } | Self::Unique { size } | Self::NonZero { size } => Some(size),
+            _ => None,
         }
     }
 
@@ -200,6 +272,15 @@ impl Op {
             | Self::Split { axis }
             | Self::Gather { axis }
             | Self::Softmax { axis } => vec![("axis", int(*axis))],
+            Self::ScatterAdd => vec![("reduction", Attribute::Text("add"))],
+            Self::TopK => vec![
+                ("axis", Attribute::Int(-1)),
+                ("largest", int(1)),
+                ("sorted", int(1)),
+            ],
+            Self::Unique { .. } => vec![("sorted", int(1))],
+            Self::ReduceSum => vec![("keepdims", int(1))],
+            Self::Loop { body, .. } => vec![("body", Attribute::Graph(body.clone()))],
             Self::Shape { start, end } => vec![("start", int(*start)), ("end", int(*end))],
             Self::RmsNormalization { epsilon } => {
                 vec![
@@ -236,4 +317,8 @@ pub enum Attribute {
     Ints(Vec<i64>),
     /// An element type.
     DType(DType),
+    /// A word.
+    Text(&'static str),
+    /// A graph.
+    Graph(Arc<Graph>),
 }

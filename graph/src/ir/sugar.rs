@@ -159,6 +159,35 @@ impl GraphBuilder {
         self.node(name, Op::Slice, &[x, starts, ends, axes])
     }
 
+    /// What `axis` has from `start` (i64 `[1]`) on.
+    pub fn slice_from(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        axis: usize,
+        start: ValueId,
+    ) -> Result<ValueId> {
+        let ends = self.ints(&[i64::MAX]);
+        let axes = self.ints(&[axis as i64]);
+        self.node(name, Op::Slice, &[x, start, ends, axes])
+    }
+
+    /// The last `count` of `axis`, all when there are fewer; `size` is the symbol of how many.
+    pub fn tail(
+        &mut self,
+        name: &str,
+        x: ValueId,
+        axis: usize,
+        count: usize,
+        size: &str,
+    ) -> Result<ValueId> {
+        let starts = self.ints(&[-(count as i64)]);
+        let ends = self.ints(&[i64::MAX]);
+        let axes = self.ints(&[axis as i64]);
+        let op = Op::Tail { size: size.into() };
+        self.node(name, op, &[x, starts, ends, axes])
+    }
+
     /// Inserts axes of size 1.
     pub fn unsqueeze(&mut self, name: &str, x: ValueId, axes: &[i64]) -> Result<ValueId> {
         let axes = self.ints(axes);
@@ -222,7 +251,7 @@ impl GraphBuilder {
     }
 
     /// An i64 `[1]` value that holds `dim` at run time: read off the first value that has such
-    /// an axis, or such an axis but for a constant.
+    /// an axis, or the sum of values for its terms.
     pub fn dim_value(&mut self, dim: &Dim) -> Result<ValueId> {
         if let Some(n) = dim.as_constant() {
             return Ok(self.ints(&[n]));
@@ -238,7 +267,7 @@ impl GraphBuilder {
                 .position(|d| d == dim)
                 .map(|axis| (id, axis))
         });
-        let id = match (found, dim.split_constant()) {
+        let id = match (found, dim.split_term()) {
             (Some((value, axis)), _) => {
                 let op = Op::Shape {
                     start: axis,
@@ -246,12 +275,12 @@ impl GraphBuilder {
                 };
                 self.top_level(|b| b.node(&format!("dim.{dim}"), op, &[value]))?
             }
-            (None, (rest, plus)) if plus != 0 => {
+            (None, Some((first, rest))) => {
                 let rest = self.dim_value(&rest)?;
-                let plus = self.ints(&[plus]);
-                self.top_level(|b| b.add(&format!("dim.{dim}"), rest, plus))?
+                let first = self.dim_value(&first)?;
+                self.top_level(|b| b.add(&format!("dim.{dim}"), rest, first))?
             }
-            _ => {
+            (None, None) => {
                 return Err(NodeError {
                     node: format!("dim.{dim} (Shape)"),
                     expected: format!("a value with an axis of size {dim}"),

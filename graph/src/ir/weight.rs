@@ -94,6 +94,10 @@ pub struct WeightRef {
 pub enum Transform {
     /// The checkpoint's elements in their order.
     AsIs,
+    /// The checkpoint's bytes (type U8) as elements of the graph's type, little endian.
+    Bytes,
+    /// [`Transform::Bytes`] that are exponents, of which 255 stands for NaN and is refused.
+    Scales,
     /// `[out, in]` to `[in, out]`.
     Transpose2D,
     /// `kv_b_proj` `[H*(d_nope+d_v), r]` to the key half `W_UK` `[H, d_nope, r]`.
@@ -134,6 +138,14 @@ impl WeightRef {
         };
         match self.transform {
             Transform::AsIs => Ok(count),
+            Transform::Bytes | Transform::Scales => {
+                let size = self.dtype.size();
+                if count % size == 0 {
+                    Ok(count / size)
+                } else {
+                    Err(format!("{count} bytes do not fill elements of {size}"))
+                }
+            }
             Transform::Transpose2D => two("a transpose").map(|_| count),
             Transform::KvBKey { heads, d_nope, d_v }
             | Transform::KvBValue { heads, d_nope, d_v } => {
@@ -172,6 +184,8 @@ impl fmt::Display for Transform {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::AsIs => f.write_str("as is"),
+            Self::Bytes => f.write_str("bytes"),
+            Self::Scales => f.write_str("scale bytes"),
             Self::Transpose2D => f.write_str("transposed"),
             Self::KvBKey { heads, d_nope, d_v } => {
                 write!(f, "key rows of {heads} x ({d_nope} + {d_v})")

@@ -1,11 +1,12 @@
-//! From the checkpoint's layout and f32 to the graph's layout and type, a few rows at a time.
+//! From the checkpoint's layout and type to the graph's, a few rows at a time.
 
 use std::io;
 
 use half::{f16, slice::HalfFloatSliceExt};
-use mlac_model::Refusal;
+use mlac_model::{Dtype, Refusal, mxfp4::SCALE_NAN};
 use rayon::prelude::*;
 
+use super::StoredTensor;
 use crate::ir::{DType, Transform, WeightRef};
 
 /// Elements of one piece that is laid out, converted and handed on.
@@ -33,7 +34,7 @@ impl Layout {
         let rows = count.checked_div(last).unwrap_or(0);
         match weight.transform {
             // Long rows would make long pieces, so a contiguous tensor is cut where it suits us.
-            Transform::AsIs => {
+            Transform::AsIs | Transform::Bytes | Transform::Scales => {
                 let cols = if last > PIECE { 1 } else { last };
                 let rows = count.checked_div(cols).unwrap_or(0);
                 Self {
@@ -86,7 +87,7 @@ impl Layout {
     }
 
     /// Fills output rows `first..`, counted over all matrices, as many as fit into `out`.
-    fn fill(&self, source: &[f32], first: usize, out: &mut [f32]) {
+    fn fill<T: Copy + Send + Sync>(&self, source: &[T], first: usize, out: &mut [T]) {
         let cols = self.cols;
         out.par_chunks_mut(TASK_ROWS * cols)
             .enumerate()
@@ -118,7 +119,139 @@ impl Layout {
 /// Why a tensor could not be handed on.
 pub(super) enum LayoutError {
     Refused(Refusal),
+    Source(Box<dyn std::error::Error + Send + Sync>),
     Io(io::Error),
+}
+
+/// Bytes of a tensor that are read, checked and handed on at once when they stay as they are.
+const CHUNK: usize = 8 << 20;
+
+/// Hands the bytes of `weight` to `sink` piece by piece without a change of type; `stored` has the
+/// weight's source shape. Tensors that keep their order are never in memory as a whole.
+///
+/// Refuses another type than the weight's, NaN, infinities and scales that stand for NaN.
+pub(super) fn write_stored(
+    weight: &WeightRef,
+    stored: &StoredTensor<'_>,
+    sink: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+) -> Result<(), LayoutError> {
+    let refuse = |expected: String, found: String| {
+        Err(LayoutError::Refused(Refusal::new(
+            format!("tensor {}", weight.name),
+            expected,
+            found,
+            "use the checkpoint as its publisher has it",
+        )))
+    };
+    let Some(wanted) = stored_type(weight) else {
+        return refuse(
+            "a type that can be stored".to_owned(),
+            weight.dtype.to_string(),
+        );
+    };
+    if stored.dtype() != wanted {
+        return refuse(
+            format!("dtype {wanted}"),
+            format!("dtype {}", stored.dtype()),
+        );
+    }
+    let needed = weight.source_shape.iter().product::<usize>() * wanted.size();
+    if stored.len() != needed {
+        return refuse(format!("{needed} bytes"), format!("{} bytes", stored.len()));
+    }
+    match weight.transform {
+        Transform::AsIs | Transform::Bytes | Transform::Scales => {
+            let mut buffer = vec![0u32; CHUNK.min(needed).div_ceil(4)];
+            for offset in (0..needed).step_by(CHUNK) {
+                let size = CHUNK.min(needed - offset);
+                let bytes = &mut bytemuck::cast_slice_mut(&mut buffer)[..size];
+                stored.read_at(offset, bytes).map_err(LayoutError::Source)?;
+                check_stored(weight, wanted, bytes).map_err(LayoutError::Refused)?;
+                sink(bytes).map_err(LayoutError::Io)?;
+            }
+            Ok(())
+        }
+        _ if wanted.size() == 2 => relay::<u16>(weight, wanted, stored, sink),
+        _ => relay::<u32>(weight, wanted, stored, sink),
+    }
+}
+
+/// The type that a weight's bytes must be stored in so that only their order changes.
+pub(super) fn stored_type(weight: &WeightRef) -> Option<Dtype> {
+    match (weight.transform, weight.dtype) {
+        (Transform::Bytes | Transform::Scales, _) => Some(Dtype::U8),
+        (_, DType::F32) => Some(Dtype::F32),
+        (_, DType::F16) => Some(Dtype::F16),
+        (_, DType::BF16) => Some(Dtype::BF16),
+        _ => None,
+    }
+}
+
+/// [`write_stored`] with a change of order of elements that are as large as `T`.
+fn relay<T: Copy + Send + Sync + bytemuck::Pod>(
+    weight: &WeightRef,
+    dtype: Dtype,
+    stored: &StoredTensor<'_>,
+    sink: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+) -> Result<(), LayoutError> {
+    let layout = Layout::of(weight);
+    let rows = layout.matrices * layout.rows;
+    if rows * layout.cols == 0 {
+        return Ok(());
+    }
+    let mut source = vec![T::zeroed(); stored.len() / size_of::<T>()];
+    stored
+        .read_at(0, bytemuck::cast_slice_mut(&mut source))
+        .map_err(LayoutError::Source)?;
+    check_stored(weight, dtype, bytemuck::cast_slice(&source)).map_err(LayoutError::Refused)?;
+    let rows_per_piece = (PIECE / layout.cols).clamp(1, rows);
+    let mut piece = vec![T::zeroed(); rows_per_piece * layout.cols];
+    for first in (0..rows).step_by(rows_per_piece) {
+        let count = rows_per_piece.min(rows - first) * layout.cols;
+        layout.fill(&source, first, &mut piece[..count]);
+        sink(bytemuck::cast_slice(&piece[..count])).map_err(LayoutError::Io)?;
+    }
+    Ok(())
+}
+
+/// Refuses NaN and infinities: floats whose exponent is all ones, told by integers.
+fn check_stored(weight: &WeightRef, dtype: Dtype, bytes: &[u8]) -> Result<(), Refusal> {
+    const TASK: usize = 1 << 18;
+    let bad = match dtype {
+        Dtype::U8 if weight.transform == Transform::Scales => bytes
+            .par_chunks(TASK)
+            .any(|c| c.iter().fold(false, |bad, &x| bad | (x == SCALE_NAN))),
+        Dtype::F16 | Dtype::BF16 => {
+            let exponent = if dtype == Dtype::F16 { 0x7c00 } else { 0x7f80 };
+            bytemuck::cast_slice::<u8, u16>(bytes)
+                .par_chunks(TASK)
+                .any(|c| {
+                    c.iter()
+                        .fold(false, |bad, &x| bad | (x & exponent == exponent))
+                })
+        }
+        Dtype::F32 => bytemuck::cast_slice::<u8, u32>(bytes)
+            .par_chunks(TASK)
+            .any(|c| {
+                c.iter()
+                    .fold(false, |bad, &x| bad | (x & 0x7f80_0000 == 0x7f80_0000))
+            }),
+        _ => false,
+    };
+    if !bad {
+        return Ok(());
+    }
+    let (expected, found) = if dtype == Dtype::U8 {
+        ("scales that are not NaN", "the byte 255")
+    } else {
+        ("finite numbers", "NaN or infinity")
+    };
+    Err(Refusal::new(
+        format!("tensor {}", weight.name),
+        expected,
+        found,
+        "check that the file was downloaded and saved completely",
+    ))
 }
 
 /// Hands the bytes of `weight` to `sink` piece by piece; `source` has the weight's source shape.

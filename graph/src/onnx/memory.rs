@@ -2,12 +2,12 @@
 
 use std::convert::Infallible;
 
-use mlac_model::Refusal;
+use mlac_model::{Dtype, Refusal};
 use prost::Message as _;
 
 use super::{
     WeightSource,
-    layout::{LayoutError, write_weight},
+    layout::{LayoutError, stored_type, write_stored, write_weight},
     lower,
 };
 use crate::{error::Error, ir::WeightRef, validate::ValidGraph};
@@ -51,7 +51,8 @@ pub(super) enum StreamError {
     Io(std::io::Error),
 }
 
-/// Reads one weight and hands its bytes to `sink`.
+/// Reads one weight and hands its bytes to `sink`; numbers of the right type go through as they are
+/// stored, others through f32.
 pub(super) fn stream(
     weight: &WeightRef,
     source: &dyn WeightSource,
@@ -63,6 +64,27 @@ pub(super) fn stream(
             source,
         })
     };
+    let laid_out = |e| match e {
+        LayoutError::Refused(r) => StreamError::Error(Error::Refused(r)),
+        LayoutError::Source(e) => failed(e),
+        LayoutError::Io(e) => StreamError::Io(e),
+    };
+    let wanted = stored_type(weight);
+    let must = wanted.is_some_and(|d| !matches!(d, Dtype::F32 | Dtype::F16));
+    if must || (wanted.is_some() && source.dtype(&weight.name) == wanted) {
+        let stored = source
+            .stored(&weight.name, &weight.source_shape)
+            .map_err(failed)?;
+        if let Some(stored) = stored {
+            return write_stored(weight, &stored, sink).map_err(laid_out);
+        }
+        return Err(StreamError::Error(Error::Refused(Refusal::new(
+            format!("tensor {}", weight.name),
+            "a source that has it as it is stored",
+            "numbers only",
+            "write from the checkpoint",
+        ))));
+    }
     let numbers = source
         .f32(&weight.name, &weight.source_shape)
         .map_err(failed)?;
@@ -75,10 +97,7 @@ pub(super) fn stream(
             "check that the source belongs to this configuration",
         ))));
     }
-    write_weight(weight, &numbers, sink).map_err(|e| match e {
-        LayoutError::Refused(r) => StreamError::Error(Error::Refused(r)),
-        LayoutError::Io(e) => StreamError::Io(e),
-    })
+    write_weight(weight, &numbers, sink).map_err(laid_out)
 }
 
 /// Never fails; for callers of [`lower::model`] that only point at weights.

@@ -16,7 +16,7 @@ mod source;
 
 pub use folder::{Progress, WriteReport, write_folder};
 pub use memory::to_bytes;
-pub use source::{MemoryWeights, Overlay, WeightSource};
+pub use source::{MemoryWeights, Overlay, StoredTensor, WeightSource};
 
 /// ONNX's version of the model format that goes with [`crate::ir::OPSET`].
 const IR_VERSION: i64 = 11;

@@ -10,6 +10,15 @@ pub(crate) struct Live {
     pub(crate) nodes: Vec<bool>,
 }
 
+/// [`live`] of a loop's body, whose first `fixed` inputs stay in their places.
+pub(crate) fn live_in_body(graph: &Graph, fixed: usize) -> Live {
+    let mut live = live(graph);
+    for input in graph.inputs.iter().take(fixed) {
+        live.values[input.0 as usize] = true;
+    }
+    live
+}
+
 /// Walks back from the outputs. All outputs of a live node live, so that their order stays.
 pub(crate) fn live(graph: &Graph) -> Live {
     let mut live = Live {

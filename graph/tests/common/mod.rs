@@ -1,7 +1,8 @@
 //! Tiny configurations.
 
 use mlac_model::{
-    Architecture, MlaConfig, MlaEncoder, MlaLayer, ModelConfig, RopeScaling, RopeSpec,
+    Architecture, ExpertFormat, MlaConfig, MlaEncoder, MlaLayer, ModelConfig, MoeConfig,
+    RopeScaling, RopeSpec,
 };
 
 /// Llama: H = 6, G = 2, d = 8, tied embedding, no biases.
@@ -26,6 +27,8 @@ pub fn llama(layers: usize) -> ModelConfig {
         o_bias: false,
         mlp_bias: false,
         qk_norm: false,
+        sinks: false,
+        moe: None,
         sliding_window: vec![None; layers],
         eos_token_ids: vec![],
         mla: None,
@@ -51,6 +54,28 @@ pub fn qwen3(layers: usize) -> ModelConfig {
         architecture: Architecture::Qwen3,
         head_dim: 16,
         qk_norm: true,
+        ..llama(layers)
+    }
+}
+
+/// GPT-OSS: biases, sinks, 5 experts of which 2 are chosen, a window of 4 in even layers.
+pub fn gpt_oss(layers: usize, format: ExpertFormat) -> ModelConfig {
+    ModelConfig {
+        architecture: Architecture::GptOss,
+        hidden_size: 64,
+        intermediate_size: 32,
+        tie_word_embeddings: false,
+        qkv_bias: true,
+        o_bias: true,
+        sinks: true,
+        moe: Some(MoeConfig {
+            num_experts: 5,
+            experts_per_token: 2,
+            swiglu_limit: 7.0,
+            swiglu_alpha: 1.702,
+            format,
+        }),
+        sliding_window: (0..layers).map(|i| (i % 2 == 0).then_some(4)).collect(),
         ..llama(layers)
     }
 }

@@ -1,6 +1,6 @@
 //! Grouped-query attention: H query heads share G cached key and value heads of `d` numbers.
 
-use super::{Attended, append, by_head, from_heads, merge_heads, softmax, to_heads};
+use super::{Attended, Reach, append, by_head, from_heads, keep, merge_heads, softmax, to_heads};
 use crate::{
     builders::{
         context::{Context, GqaForm},
@@ -97,7 +97,7 @@ fn head_norm(
     merge_heads(b, &format!("{name}.merged"), x)
 }
 
-/// Attention over `past` (keys and values `[batch, G, past, d]`; empty: no cache) and the new tokens.
+/// Attention over `past` (keys and values `[batch, G, cached, d]`; empty: no cache) and the new tokens.
 pub(in crate::builders) fn attend(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
@@ -119,28 +119,42 @@ pub(in crate::builders) fn attend(
     let value = to_heads(b, "v_heads", projected.value, groups)?;
     let key = append(b, "keys", past.first().copied(), key, 2)?;
     let value = append(b, "values", past.get(1).copied(), value, 2)?;
-    let (window, scale) = (cfg.sliding_window[layer], (cfg.head_dim as f64).powf(-0.5));
+    let reach = Reach::of(cx, layer);
+    let scale = (cfg.head_dim as f64).powf(-0.5);
     let sums = if cx.fuses(cfg.head_dim) {
-        softmax::operator(b, cx, window, scale, query, key, value)?
+        softmax::operator(b, cx, &reach, scale, query, key, value)?
     } else {
         let query = b.scale("q_scaled", query, scale)?;
-        softmax::grouped(b, cx, window, query, key, value)?
+        softmax::grouped(b, cx, &reach, query, key, value)?
     };
     Ok(Attended {
         heads: from_heads(b, "heads", sums)?,
-        present: present(layer, key, value),
+        present: if past.is_empty() {
+            vec![]
+        } else {
+            present(b, &reach, layer, key, value)?
+        },
     })
 }
 
-fn present(layer: usize, key: ValueId, value: ValueId) -> Vec<(String, ValueId)> {
-    vec![
+fn present(
+    b: &mut GraphBuilder,
+    reach: &Reach,
+    layer: usize,
+    key: ValueId,
+    value: ValueId,
+) -> Result<Vec<(String, ValueId)>, NodeError> {
+    let key = keep(b, "keys_kept", reach.window, key, 2)?;
+    let value = keep(b, "values_kept", reach.window, value, 2)?;
+    Ok(vec![
         (present_kv_name(layer, "key"), key),
         (present_kv_name(layer, "value"), value),
-    ]
+    ])
 }
 
 /// `com.microsoft::GroupQueryAttention`. Its own lengths mean padding on the right; ours is on the
-/// left, so every sequence has the full length and the mask goes in as a bias.
+/// left, so every sequence has the full length and the mask goes in as a bias. Windows go in with
+/// the mask too: the operator sees the rows that are cached and the new ones, whatever their slots.
 fn group_query(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
@@ -148,8 +162,11 @@ fn group_query(
     inputs: [ValueId; 5],
 ) -> Result<Attended, NodeError> {
     let cfg = cx.cfg;
-    let (lengths, total) = lengths(b, cx)?;
-    let bias = cx.bias(b, cfg.sliding_window[layer], cx.dtype)?;
+    let reach = Reach::of(cx, layer);
+    let (lengths, total) = lengths(b, cx, reach.window)?;
+    let bias = cx.bias(b, reach.window, cx.dtype)?;
+    let heads = cfg.num_attention_heads;
+    let sinks = reach.sinks(b, heads, &[heads], cx.dtype);
     let op = Op::GroupQueryAttention {
         heads: cfg.num_attention_heads,
         kv_heads: cfg.num_key_value_heads,
@@ -160,26 +177,37 @@ fn group_query(
         .chain([lengths, total])
         .map(Some)
         .collect();
-    if bias.is_some() {
+    if bias.is_some() || sinks.is_some() {
         inputs.extend([None, None, None, bias]);
+    }
+    if sinks.is_some() {
+        inputs.push(sinks);
     }
     let out = b.apply("attention", op, &inputs)?;
     Ok(Attended {
         heads: out[0],
-        present: present(layer, out[1], out[2]),
+        present: present(b, &reach, layer, out[1], out[2])?,
     })
 }
 
-/// What the operator wants to know of lengths: `total - 1` per sequence, i32 `[batch]`, and `total`,
-/// i32 scalar. Built once.
-fn lengths(b: &mut GraphBuilder, cx: &mut Context<'_>) -> Result<(ValueId, ValueId), NodeError> {
-    if let Some(lengths) = cx.lengths {
+/// What the operator wants to know of lengths: `rows - 1` per sequence, i32 `[batch]`, and `rows`,
+/// i32 scalar. Built once per window.
+fn lengths(
+    b: &mut GraphBuilder,
+    cx: &mut Context<'_>,
+    window: Option<usize>,
+) -> Result<(ValueId, ValueId), NodeError> {
+    if let Some(&lengths) = cx.lengths.get(&window) {
         return Ok(lengths);
     }
     let axes = cx.axes.clone();
+    let name = match window {
+        None => "lengths".to_owned(),
+        Some(window) => format!("lengths.window_{window}"),
+    };
     let lengths = b.top_level(|b| {
-        b.scope("lengths", |b| {
-            let past = b.dim_scalar(&axes.past)?;
+        b.scope(&name, |b| {
+            let past = b.dim_scalar(&axes.cached(window))?;
             let seq = b.dim_scalar(&axes.seq)?;
             let total = b.node("total", Op::Binary(Binary::Add), &[past, seq])?;
             let one = b.constant(crate::ir::InlineTensor::i64(&[], &[1]));
@@ -190,6 +218,6 @@ fn lengths(b: &mut GraphBuilder, cx: &mut Context<'_>) -> Result<(ValueId, Value
             Ok::<_, NodeError>((last, b.cast("total_i32", total, DType::I32)?))
         })
     })?;
-    cx.lengths = Some(lengths);
+    cx.lengths.insert(window, lengths);
     Ok(lengths)
 }

@@ -8,7 +8,7 @@
 
 use mlac_model::{MlaEncoder, MlaLayer};
 
-use super::{Attended, append, by_head, from_heads, gqa, softmax};
+use super::{Attended, Reach, append, by_head, from_heads, gqa, keep, softmax};
 use crate::{
     builders::{
         context::{Context, MlaForm},
@@ -26,6 +26,7 @@ struct Layer {
     heads: usize,
     /// Factor on the scores.
     scale: f64,
+    reach: Reach,
 }
 
 impl Layer {
@@ -44,7 +45,7 @@ struct Encoded {
     row: ValueId,
 }
 
-/// Attention of the normed input `x [batch, seq, D]` over `past [batch, past, w]` and the new tokens.
+/// Attention of the normed input `x [batch, seq, D]` over `past [batch, cached, w]` and the new tokens.
 pub(in crate::builders) fn attend(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
@@ -59,6 +60,7 @@ pub(in crate::builders) fn attend(
         shape,
         heads: cx.cfg.num_attention_heads,
         scale,
+        reach: Reach::of(cx, index),
     };
     let encoded = encode(b, cx, &layer, x)?;
     let cache = append(b, "cache", past, encoded.row, 1)?;
@@ -68,7 +70,13 @@ pub(in crate::builders) fn attend(
     };
     Ok(Attended {
         heads: from_heads(b, "heads", sums)?,
-        present: vec![(present_latent_name(index), cache)],
+        present: match past {
+            None => vec![],
+            Some(_) => {
+                let kept = keep(b, "cache_kept", layer.reach.window, cache, 1)?;
+                vec![(present_latent_name(index), kept)]
+            }
+        },
     })
 }
 
@@ -103,18 +111,18 @@ fn encode(
                 b.linear("row", x, &row_tensor, r + d_r, hidden, cfg.qkv_bias)?,
             )
         }
+        MlaEncoder::KeptQuery => {
+            let query = gqa::project_query(b, cx, layer.index, x)?;
+            let (q_nope, q_rope) = query_parts(b, cx, layer, query)?;
+            (
+                q_nope,
+                q_rope,
+                b.linear("row", x, &row_tensor, r + d_r, hidden, cfg.qkv_bias)?,
+            )
+        }
         MlaEncoder::NormedKey => {
             let projected = gqa::project(b, cx, layer.index, x)?;
-            let q = by_head(b, "q_by_head", projected.query, heads)?;
-            let q_nope = b.transpose("q_nope", q, &[0, 2, 1, 3])?;
-            let to_rope = b.weight(WeightRef {
-                name: layer.tensor("q_rope_proj.weight"),
-                source_shape: vec![heads * d_r, d_nope],
-                transform: Transform::HeadTranspose { heads },
-                dtype: cx.dtype,
-                shape: vec![heads, d_nope, d_r],
-            });
-            let q_rope = b.matmul("q_rope_in", q_nope, to_rope)?;
+            let (q_nope, q_rope) = query_parts(b, cx, layer, projected.query)?;
             let keys_values = b.concat("keys_values", &[projected.key, projected.value], 2)?;
             let width = cfg.gqa_cache_width();
             (
@@ -131,6 +139,28 @@ fn encode(
         q_rope,
         row,
     })
+}
+
+/// From a query that the source's own projection made, `[batch, seq, H*d]`: the part that meets the
+/// latent, which is the query itself, and the part to rotate, `q_rope_proj` of each head.
+fn query_parts(
+    b: &mut GraphBuilder,
+    cx: &Context<'_>,
+    layer: &Layer,
+    query: ValueId,
+) -> Result<(ValueId, ValueId), NodeError> {
+    let (heads, d_r) = (layer.heads, layer.shape.qk_rope_head_dim);
+    let d_nope = layer.shape.qk_nope_head_dim;
+    let q = by_head(b, "q_by_head", query, heads)?;
+    let q_nope = b.transpose("q_nope", q, &[0, 2, 1, 3])?;
+    let to_rope = b.weight(WeightRef {
+        name: layer.tensor("q_rope_proj.weight"),
+        source_shape: vec![heads * d_r, d_nope],
+        transform: Transform::HeadTranspose { heads },
+        dtype: cx.dtype,
+        shape: vec![heads, d_nope, d_r],
+    });
+    Ok((q_nope, b.matmul("q_rope_in", q_nope, to_rope)?))
 }
 
 /// Rotates the last `d_r` numbers of `row [batch, seq, r + d_r]`.
@@ -188,16 +218,16 @@ fn absorbed(
     encoded: &Encoded,
     cache: ValueId,
 ) -> Result<ValueId, NodeError> {
-    let window = cx.cfg.sliding_window[layer.index];
+    let reach = &layer.reach;
     let key_up = key_up(b, cx, layer);
     let query = b.matmul("q_absorbed", encoded.q_nope, key_up)?;
     let query = b.concat("q_row", &[query, encoded.q_rope], 3)?;
     let sums = if cx.fuses(layer.shape.cache_width()) {
         let cache = b.unsqueeze("cache_head", cache, &[1])?;
-        softmax::operator(b, cx, window, layer.scale, query, cache, cache)?
+        softmax::operator(b, cx, reach, layer.scale, query, cache, cache)?
     } else {
         let query = b.scale("q_scaled", query, layer.scale)?;
-        softmax::shared(b, cx, window, query, cache)?
+        softmax::shared(b, cx, reach, query, cache)?
     };
     // The sums over the rotary keys come along, which is cheaper than copying the latents out of
     // the cache; they are cut off here.
@@ -221,8 +251,8 @@ fn expanded(
         v_head_dim,
         ..
     } = layer.shape;
-    let (heads, window) = (layer.heads, cx.cfg.sliding_window[layer.index]);
-    let (batch, total) = (cx.axes.batch.clone(), cx.axes.total());
+    let (heads, reach) = (layer.heads, &layer.reach);
+    let (batch, total) = (cx.axes.batch.clone(), reach.rows.clone());
     let cache = b.unsqueeze("cache_head", cache, &[1])?;
     let parts = b.split("cache_parts", cache, 3, &[r, d_r])?;
     let (latent, rope) = (parts[0], parts[1]);
@@ -239,17 +269,17 @@ fn expanded(
     let width = qk_nope_head_dim + d_r;
     if !cx.fuses(width) || v_head_dim > width {
         let query = b.scale("q_scaled", query, layer.scale)?;
-        return softmax::keys_transposed(b, cx, window, query, keys, values);
+        return softmax::keys_transposed(b, cx, reach, query, keys, values);
     }
     let keys = b.transpose("keys_by_token", keys, &[0, 1, 3, 2])?;
     if v_head_dim == width {
-        return softmax::operator(b, cx, window, layer.scale, query, keys, values);
+        return softmax::operator(b, cx, reach, layer.scale, query, keys, values);
     }
     // Fused attention takes values as wide as keys.
     let zero = b.constant(InlineTensor::float(cx.dtype, &[1, 1, 1, 1], &[0.0]));
     let shape = [batch, heads.into(), total, (width - v_head_dim).into()];
     let padding = b.expand("value_padding", zero, &shape)?;
     let values = b.concat("values_padded", &[values, padding], 3)?;
-    let sums = softmax::operator(b, cx, window, layer.scale, query, keys, values)?;
+    let sums = softmax::operator(b, cx, reach, layer.scale, query, keys, values)?;
     b.slice("value_sums", sums, 3, 0..v_head_dim)
 }

@@ -7,7 +7,7 @@ mod softmax;
 use super::context::Context;
 use crate::{
     error::NodeError,
-    ir::{DType, Dim, GraphBuilder, ValueId},
+    ir::{DType, Dim, GraphBuilder, Transform, ValueId, WeightRef},
 };
 
 /// The heads' outputs of one layer and its cache.
@@ -16,6 +16,47 @@ pub(super) struct Attended {
     pub(super) heads: ValueId,
     /// Output name and value of each cache.
     pub(super) present: Vec<(String, ValueId)>,
+}
+
+/// What the queries of one layer meet.
+#[derive(Clone)]
+struct Reach {
+    /// How many tokens a query sees, itself counted.
+    window: Option<usize>,
+    /// Cached and new rows.
+    rows: Dim,
+    /// One score per head that takes part in the softmax and is dropped, `[H]` of the checkpoint.
+    sinks: Option<String>,
+}
+
+impl Reach {
+    fn of(cx: &Context<'_>, layer: usize) -> Self {
+        let window = cx.cfg.sliding_window[layer];
+        let sinks = || format!("model.layers.{layer}.self_attn.sinks");
+        Self {
+            window,
+            rows: cx.axes.rows(window),
+            sinks: cx.cfg.sinks.then(sinks),
+        }
+    }
+
+    /// The sinks in `shape`.
+    fn sinks(
+        &self,
+        b: &mut GraphBuilder,
+        heads: usize,
+        shape: &[usize],
+        dtype: DType,
+    ) -> Option<ValueId> {
+        let name = self.sinks.clone()?;
+        Some(b.weight(WeightRef {
+            name,
+            source_shape: vec![heads],
+            transform: Transform::AsIs,
+            dtype,
+            shape: shape.to_vec(),
+        }))
+    }
 }
 
 /// The layer's output projection, with its bias: `heads [batch, seq, H*d_v]` to `[batch, seq, D]`.
@@ -49,7 +90,8 @@ pub(super) fn heads_width(cx: &Context<'_>, layer: usize) -> usize {
 
 /// Declares the cache inputs of a layer in the order of their use.
 pub(super) fn past_inputs(b: &mut GraphBuilder, cx: &Context<'_>, layer: usize) -> Vec<ValueId> {
-    let (batch, past) = (cx.axes.batch.clone(), cx.axes.past.clone());
+    let past = cx.axes.cached(cx.cfg.sliding_window[layer]);
+    let batch = cx.axes.batch.clone();
     if let Some(shape) = cx.cfg.mla_layer(layer) {
         let name = super::past_latent_name(layer);
         return vec![b.input(
@@ -76,6 +118,20 @@ fn append(
     match past {
         Some(past) => b.concat(name, &[past, new], axis),
         None => Ok(new),
+    }
+}
+
+/// What is kept of the rows of `cache` for the next step: all, or the window's last ones.
+fn keep(
+    b: &mut GraphBuilder,
+    name: &str,
+    window: Option<usize>,
+    cache: ValueId,
+    axis: usize,
+) -> Result<ValueId, NodeError> {
+    match window {
+        Some(window) => b.tail(name, cache, axis, window, &format!("present_w{window}")),
+        None => Ok(cache),
     }
 }
 

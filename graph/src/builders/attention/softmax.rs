@@ -1,33 +1,33 @@
 //! The core of attention, scores to weighted sums, in its forms.
 
-use super::SOFTMAX_DTYPE;
+use super::{Reach, SOFTMAX_DTYPE};
 use crate::{
     builders::context::{CacheProduct, Context},
     error::NodeError,
     ir::{Dim, GraphBuilder, Op, ValueId},
 };
 
-/// Attention of `q [batch, H, seq, n]`, already scaled, over `k [batch, G, total, n]` and
-/// `v [batch, G, total, m]`, H a multiple of G, to `[batch, H, seq, m]`.
+/// Attention of `q [batch, H, seq, n]`, already scaled, over `k [batch, G, rows, n]` and
+/// `v [batch, G, rows, m]`, H a multiple of G, to `[batch, H, seq, m]`.
 ///
 /// The heads of one group are rows of one product, so that a cached key is read once per group.
 pub(super) fn grouped(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
-    window: Option<usize>,
+    reach: &Reach,
     q: ValueId,
     k: ValueId,
     v: ValueId,
 ) -> Result<ValueId, NodeError> {
     let keys = b.transpose("keys_t", k, &[0, 1, 3, 2])?;
-    keys_transposed(b, cx, window, q, keys, v)
+    keys_transposed(b, cx, reach, q, keys, v)
 }
 
-/// [`grouped`] with keys that come as `[batch, G, n, total]`.
+/// [`grouped`] with keys that come as `[batch, G, n, rows]`.
 pub(super) fn keys_transposed(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
-    window: Option<usize>,
+    reach: &Reach,
     q: ValueId,
     keys: ValueId,
     v: ValueId,
@@ -42,26 +42,27 @@ pub(super) fn keys_transposed(
         &[batch.clone(), groups.clone(), rows.clone(), n],
     )?;
     let scores = b.matmul("scores", q, keys)?;
-    let weights = weights(b, cx, window, scores, &heads)?;
-    let shape = [batch.clone(), groups, rows, cx.axes.total()];
+    let weights = weights(b, cx, reach, scores, &heads)?;
+    let shape = [batch.clone(), groups, rows, reach.rows.clone()];
     let weights = b.reshape("weight_rows", weights, &shape)?;
     let sums = b.matmul("sums", weights, v)?;
     b.reshape("sums_by_head", sums, &[batch, heads, seq, m])
 }
 
 /// Attention of all heads over one shared sequence of rows: `q [batch, H, seq, w]`, already
-/// scaled, over `cache [batch, total, w]`, which is key and value, to `[batch, H, seq, w]`.
+/// scaled, over `cache [batch, rows, w]`, which is key and value, to `[batch, H, seq, w]`.
 ///
 /// All heads are rows of one product, so that the cache is read once for the scores and once for
 /// the sums.
 pub(super) fn shared(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
-    window: Option<usize>,
+    reach: &Reach,
     q: ValueId,
     cache: ValueId,
 ) -> Result<ValueId, NodeError> {
-    let (batch, seq, total) = (cx.axes.batch.clone(), cx.axes.seq.clone(), cx.axes.total());
+    let (batch, seq) = (cx.axes.batch.clone(), cx.axes.seq.clone());
+    let total = reach.rows.clone();
     let (heads, width) = (b.shape(q)[1].clone(), b.shape(q)[3].clone());
     let rows = &heads * &seq;
     let q = b.reshape("q_rows", q, &[batch.clone(), rows.clone(), width.clone()])?;
@@ -76,42 +77,58 @@ pub(super) fn shared(
             b.transpose("scores", scores, &[0, 2, 1])?
         }
     };
-    let weights = weights(b, cx, window, scores, &heads)?;
+    let weights = weights(b, cx, reach, scores, &heads)?;
     let weights = b.reshape("weight_rows", weights, &[batch.clone(), rows, total])?;
     let sums = b.matmul("sums", weights, cache)?;
     b.reshape("sums_by_head", sums, &[batch, heads, seq, width])
 }
 
-/// Masked softmax of scores whose rows are heads and new tokens: `[batch, H, seq, total]`, or the
-/// shape of `scores` when there is nothing to mask.
+/// Masked softmax of scores whose rows are heads and new tokens: `[batch, H, seq, rows]`, or the
+/// shape of `scores` when there is nothing to mask and no sink.
 fn weights(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
-    window: Option<usize>,
+    reach: &Reach,
     scores: ValueId,
     heads: &Dim,
 ) -> Result<ValueId, NodeError> {
+    let (batch, seq) = (cx.axes.batch.clone(), cx.axes.seq.clone());
     let mut scores = b.cast("scores_f32", scores, SOFTMAX_DTYPE)?;
-    if let Some(bias) = cx.bias(b, window, SOFTMAX_DTYPE)? {
+    let bias = cx.bias(b, reach.window, SOFTMAX_DTYPE)?;
+    if bias.is_some() || reach.sinks.is_some() {
         let shape = [
-            cx.axes.batch.clone(),
+            batch.clone(),
             heads.clone(),
-            cx.axes.seq.clone(),
-            cx.axes.total(),
+            seq.clone(),
+            reach.rows.clone(),
         ];
         scores = b.reshape("scores_by_head", scores, &shape)?;
+    }
+    if let Some(bias) = bias {
         scores = b.add("masked", scores, bias)?;
     }
-    let weights = b.softmax("weights", scores)?;
+    let count = cx.cfg.num_attention_heads;
+    let sinks = reach.sinks(b, count, &[1, count, 1, 1], SOFTMAX_DTYPE);
+    let weights = match sinks {
+        None => b.softmax("weights", scores)?,
+        Some(sinks) => {
+            let column = [batch, heads.clone(), seq, Dim::known(1)];
+            let column = b.expand("sink_column", sinks, &column)?;
+            let scores = b.concat("scores_and_sink", &[column, scores], 3)?;
+            let weights = b.softmax("weights_and_sink", scores)?;
+            let first = b.ints(&[1]);
+            b.slice_from("weights", weights, 3, first)?
+        }
+    };
     b.cast("weights_cast", weights, cx.dtype)
 }
 
-/// Attention through ONNX's `Attention` operator: `q [batch, H, seq, n]`, not scaled,
-/// `k [batch, G, total, n]`, `v [batch, G, total, m]` to `[batch, H, seq, m]`.
+/// Attention through ONNX's `Attention` operator, which has no sinks: `q [batch, H, seq, n]`, not scaled,
+/// `k [batch, G, rows, n]`, `v [batch, G, rows, m]` to `[batch, H, seq, m]`.
 pub(super) fn operator(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
-    window: Option<usize>,
+    reach: &Reach,
     scale: f64,
     q: ValueId,
     k: ValueId,
@@ -121,6 +138,6 @@ pub(super) fn operator(
         scale: scale as f32,
     };
     let mut inputs = vec![Some(q), Some(k), Some(v)];
-    inputs.extend(cx.bias(b, window, cx.dtype)?.map(Some));
+    inputs.extend(cx.bias(b, reach.window, cx.dtype)?.map(Some));
     Ok(b.apply("attention", op, &inputs)?[0])
 }

@@ -63,7 +63,7 @@ pub(super) fn attention(args: Args<'_>) -> Result<Inferred> {
 
 /// Inputs as [`crate::ir::Op::GroupQueryAttention`] lists them.
 pub(super) fn group_query(heads: usize, kv_heads: usize, args: Args<'_>) -> Result<Vec<Inferred>> {
-    args.count(7..=11)?;
+    args.count(7..=12)?;
     let (q, k, v) = (args.float(0)?, args.float(1)?, args.float(2)?);
     let (past_key, past_value) = (args.float(3)?, args.float(4)?);
     let dtype = same_dtype(&[q, k, v, past_key, past_value])?;
@@ -99,6 +99,10 @@ pub(super) fn group_query(heads: usize, kv_heads: usize, args: Args<'_>) -> Resu
         if bias.rank() != 4 || broadcast(&scores, &bias.shape)? != scores {
             return Err(Mismatch::new("a bias that broadcasts to the scores", bias));
         }
+    }
+    if let Some(sinks) = args.optional(11) {
+        same_dtype(&[q, sinks])?;
+        same_shape("sinks", &[Dim::known(heads)], sinks)?;
     }
     let present = vec![batch.clone(), groups, total, d];
     Ok(vec![

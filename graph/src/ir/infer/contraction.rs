@@ -1,7 +1,7 @@
 //! Operators that sum over an axis.
 
 use super::{Args, Inferred, Mismatch, Result, axis_of, broadcast, same_dtype, same_shape};
-use crate::ir::Dim;
+use crate::ir::{DType, Dim};
 
 pub(super) fn matmul(args: Args<'_>) -> Result<Inferred> {
     args.count(2..=2)?;
@@ -54,6 +54,37 @@ pub(super) fn softmax(axis: usize, args: Args<'_>) -> Result<Inferred> {
     let x = args.float(0)?;
     axis_of(axis, x)?;
     Ok(Inferred::new(x.dtype, x.shape.clone()))
+}
+
+pub(super) fn reduce_sum(args: Args<'_>) -> Result<Inferred> {
+    args.count(2..=2)?;
+    let x = args.float(0)?;
+    let mut shape = x.shape.clone();
+    for axis in args.axes(1, x.rank())? {
+        shape[axis] = Dim::known(1);
+    }
+    Ok(Inferred::new(x.dtype, shape))
+}
+
+pub(super) fn top_k(args: Args<'_>) -> Result<Vec<Inferred>> {
+    args.count(2..=2)?;
+    let x = args.float(0)?;
+    let (Some(last), [k]) = (x.shape.last(), args.content(1)?) else {
+        return Err(Mismatch::new("a tensor with an axis and one count", x));
+    };
+    if let (Some(k), Some(n)) = (k.as_constant(), last.as_constant())
+        && !(1..=n).contains(&k)
+    {
+        return Err(Mismatch::new(format!("1 to {n} of the last axis"), k));
+    }
+    let mut shape = x.shape.clone();
+    if let Some(last) = shape.last_mut() {
+        *last = k.clone();
+    }
+    Ok(vec![
+        Inferred::new(x.dtype, shape.clone()),
+        Inferred::new(DType::I64, shape),
+    ])
 }
 
 pub(super) fn rms_norm(args: Args<'_>) -> Result<Inferred> {

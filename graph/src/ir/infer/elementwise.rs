@@ -7,8 +7,11 @@ pub(super) fn binary(kind: Binary, args: Args<'_>) -> Result<Inferred> {
     args.count(2..=2)?;
     let (a, b) = (args.given(0)?, args.given(1)?);
     let dtype = same_dtype(&[a.ty, b.ty])?;
-    if dtype == DType::Bool {
+    if !dtype.is_float() && !dtype.is_integer() {
         return Err(Mismatch::new("numbers", a.ty));
+    }
+    if kind == Binary::Mod && !dtype.is_integer() {
+        return Err(Mismatch::new("integers", a.ty));
     }
     let mut out = Inferred::new(dtype, broadcast(&a.ty.shape, &b.ty.shape)?);
     if let (Some(x), Some(y)) = (a.content, b.content)
@@ -25,12 +28,13 @@ pub(super) fn binary(kind: Binary, args: Args<'_>) -> Result<Inferred> {
         let combine = |i| {
             let (x, y) = (pick(x, i), pick(y, i));
             match kind {
-                Binary::Add => &x + &y,
-                Binary::Sub => &x - &y,
-                Binary::Mul => &x * &y,
+                Binary::Add => Some(&x + &y),
+                Binary::Sub => Some(&x - &y),
+                Binary::Mul => Some(&x * &y),
+                Binary::Div | Binary::Mod | Binary::Min | Binary::Max => None,
             }
         };
-        out.content = Some((0..n).map(combine).collect());
+        out.content = (0..n).map(combine).collect();
     }
     Ok(out)
 }
@@ -55,6 +59,14 @@ pub(super) fn unary(args: Args<'_>) -> Result<Inferred> {
     args.count(1..=1)?;
     let x = args.float(0)?;
     Ok(Inferred::new(x.dtype, x.shape.clone()))
+}
+
+pub(super) fn identity(args: Args<'_>) -> Result<Inferred> {
+    args.count(1..=1)?;
+    let x = args.given(0)?;
+    let mut out = Inferred::new(x.ty.dtype, x.ty.shape.clone());
+    out.content = x.content.map(<[Dim]>::to_vec);
+    Ok(out)
 }
 
 pub(super) fn cast(to: DType, args: Args<'_>) -> Result<Inferred> {

@@ -1,6 +1,7 @@
 //! Types and shapes of a node's outputs from its inputs; the only place that knows what an operator takes.
 
 mod attention;
+mod body;
 mod contraction;
 mod elementwise;
 mod shape;
@@ -67,12 +68,21 @@ pub(crate) fn infer(op: &Op, inputs: &[Option<Given<'_>>]) -> Result<Vec<Inferre
         Op::Transpose { perm } => one(shape::transpose(perm, args)),
         Op::Concat { axis } => one(shape::concat(*axis, args)),
         Op::Slice => one(shape::slice(args)),
+        Op::Tail { size } => one(shape::tail(size, args)),
         Op::Split { axis } => shape::split(*axis, args),
         Op::Unsqueeze => one(shape::unsqueeze(args)),
         Op::Squeeze => one(shape::squeeze(args)),
         Op::Expand => one(shape::expand(args)),
         Op::Shape { start, end } => one(shape::shape(*start, *end, args)),
         Op::Gather { axis } => one(shape::gather(*axis, args)),
+        Op::GatherNd => one(shape::gather_nd(args)),
+        Op::ScatterAdd => one(shape::scatter_add(args)),
+        Op::TopK => contraction::top_k(args),
+        Op::Unique { size } => one(shape::unique(size, args)),
+        Op::NonZero { size } => one(shape::non_zero(size, args)),
+        Op::ReduceSum => one(contraction::reduce_sum(args)),
+        Op::Identity => one(elementwise::identity(args)),
+        Op::Loop { body, carried } => body::repeat(body, *carried, args),
         Op::Range => one(shape::range(args)),
         Op::RotaryEmbedding { heads } => one(attention::rotary(*heads, args)),
         Op::Attention { .. } => one(attention::attention(args)),

@@ -1,7 +1,7 @@
 //! Operators that move elements or work on shapes.
 
-use super::{Args, Inferred, Mismatch, Result, axis_of, broadcast, same_dtype, show};
-use crate::ir::{DType, Dim};
+use super::{Args, Inferred, Mismatch, Result, axis_of, broadcast, same_dtype, same_shape, show};
+use crate::ir::{DType, Dim, TensorType};
 
 pub(super) fn reshape(args: Args<'_>) -> Result<Inferred> {
     args.count(2..=2)?;
@@ -111,9 +111,36 @@ pub(super) fn slice(args: Args<'_>) -> Result<Inferred> {
                 format!("{from}..{to}"),
             ));
         }
+        let end = if end.as_constant() == Some(i64::MAX) {
+            size
+        } else {
+            end
+        };
         shape[axis] = end - start;
     }
     Ok(Inferred::new(x.dtype, shape))
+}
+
+pub(super) fn tail(size: &str, args: Args<'_>) -> Result<Inferred> {
+    args.count(4..=4)?;
+    let x = args.ty(0)?;
+    let axes = args.axes(3, x.rank())?;
+    let (starts, ends) = (args.content(1)?, args.content(2)?);
+    let constant = |all: &[Dim]| match all {
+        [one] => one.as_constant(),
+        _ => None,
+    };
+    match (constant(starts), constant(ends), axes.as_slice()) {
+        (Some(..0), Some(i64::MAX), &[axis]) => {
+            let mut shape = x.shape.clone();
+            shape[axis] = Dim::symbol(size);
+            Ok(Inferred::new(x.dtype, shape))
+        }
+        _ => Err(Mismatch::new(
+            "a negative start, no end and one axis",
+            format!("{} to {}", show(starts), show(ends)),
+        )),
+    }
 }
 
 pub(super) fn split(axis: usize, args: Args<'_>) -> Result<Vec<Inferred>> {
@@ -203,6 +230,60 @@ pub(super) fn gather(axis: usize, args: Args<'_>) -> Result<Inferred> {
     shape.extend_from_slice(&indices.shape);
     shape.extend_from_slice(&data.shape[axis + 1..]);
     Ok(Inferred::new(data.dtype, shape))
+}
+
+/// The leading size and the width of `indices [n, q]`.
+fn index_rows<'a>(data: &TensorType, indices: &'a TensorType) -> Result<(&'a Dim, usize)> {
+    let takes = || {
+        let rank = data.rank();
+        Mismatch::new(format!("i64 [n, q], q from 1 to {rank}"), indices)
+    };
+    let [n, q] = indices.shape.as_slice() else {
+        return Err(takes());
+    };
+    let q = q
+        .as_known()
+        .filter(|q| (1..=data.rank()).contains(q) && indices.dtype == DType::I64);
+    Ok((n, q.ok_or_else(takes)?))
+}
+
+pub(super) fn gather_nd(args: Args<'_>) -> Result<Inferred> {
+    args.count(2..=2)?;
+    let data = args.ty(0)?;
+    let (n, q) = index_rows(data, args.ty(1)?)?;
+    let mut shape = vec![n.clone()];
+    shape.extend_from_slice(&data.shape[q..]);
+    Ok(Inferred::new(data.dtype, shape))
+}
+
+pub(super) fn scatter_add(args: Args<'_>) -> Result<Inferred> {
+    args.count(3..=3)?;
+    let data = args.float(0)?;
+    let (n, q) = index_rows(data, args.ty(1)?)?;
+    let mut shape = vec![n.clone()];
+    shape.extend_from_slice(&data.shape[q..]);
+    let updates = args.float(2)?;
+    same_shape("updates", &shape, updates)?;
+    Ok(Inferred::new(
+        same_dtype(&[data, updates])?,
+        data.shape.clone(),
+    ))
+}
+
+pub(super) fn unique(size: &str, args: Args<'_>) -> Result<Inferred> {
+    args.count(1..=1)?;
+    let x = args.ty(0)?;
+    if !x.dtype.is_integer() {
+        return Err(Mismatch::new("integers", x));
+    }
+    Ok(Inferred::new(x.dtype, vec![Dim::symbol(size)]))
+}
+
+pub(super) fn non_zero(size: &str, args: Args<'_>) -> Result<Inferred> {
+    args.count(1..=1)?;
+    let rank = args.ty(0)?.rank();
+    let shape = vec![Dim::known(rank), Dim::symbol(size)];
+    Ok(Inferred::new(DType::I64, shape))
 }
 
 pub(super) fn range(args: Args<'_>) -> Result<Inferred> {

@@ -1,0 +1,615 @@
+//! Mixture of experts, as GPT-OSS has it: a router picks K of E experts for every token; an expert is a
+//! gated MLP with a clamped `SwiGLU`, and its weights may be stored as MXFP4.
+//!
+//! `logits = W_r x + b_r`; `p = softmax(top_K(logits))`; `y = sum_k p_k expert_k(x)`.
+//! `expert(x) = W_d ((up + 1) * gate * sigmoid(alpha * gate)) + b_d` with `gate = min(g, limit)` and
+//! `up = clamp(u, -limit, limit)`, where `g` and `u` are the even and the odd rows of `W_gu x + b_gu`.
+//!
+//! MXFP4: 32 numbers of a row are a block of 16 bytes, two numbers a byte, the low half first, and
+//! a byte that scales them by `2^(byte - 127)`. (OCP Microscaling Formats, version 1.0.)
+//! The checkpoint's bytes go into the data file as they are; an expert is decoded where it is used.
+
+use mlac_model::{
+    ExpertFormat, MoeConfig,
+    mxfp4::{self, BLOCK, FP4},
+};
+
+use super::context::{Context, MlaForm, Runtime};
+use crate::{
+    error::NodeError,
+    ir::{
+        Binary, Compare, DType, Dim, GraphBuilder, InlineTensor, Op, Transform, Unary, ValueId,
+        WeightRef,
+    },
+};
+
+/// The type in which the outputs of experts are weighted and summed, and the type of routing.
+const SUM_DTYPE: DType = DType::F32;
+
+/// Routing of the tokens.
+#[derive(Clone, Copy)]
+struct Routed {
+    /// i64 `[tokens, K]`.
+    experts: ValueId,
+    /// f32 `[tokens, K]`.
+    weights: ValueId,
+}
+
+/// One projection of all experts.
+#[derive(Clone, Copy)]
+struct Projection {
+    /// The numbers: MXFP4 blocks, or `[E, in, out]`.
+    matrix: ValueId,
+    /// Scales of MXFP4; the matrix again when there are none.
+    scales: ValueId,
+    /// `[E, out]`.
+    bias: ValueId,
+}
+
+/// What every part needs to know.
+#[derive(Clone, Copy)]
+struct Sizes {
+    moe: MoeConfig,
+    /// D.
+    hidden: usize,
+    /// I.
+    inner: usize,
+}
+
+/// One row per (token, choice) or per token: `[.., in]` to `[.., out]`.
+struct Matrix {
+    out: usize,
+    input: usize,
+}
+
+impl Sizes {
+    fn gate_up(self) -> Matrix {
+        Matrix {
+            out: 2 * self.inner,
+            input: self.hidden,
+        }
+    }
+
+    fn down(self) -> Matrix {
+        Matrix {
+            out: self.hidden,
+            input: self.inner,
+        }
+    }
+}
+
+/// `x [batch, seq, D]` to `[batch, seq, D]`; `prefix` is the layer's, `model.layers.{i}`.
+pub(super) fn moe(
+    b: &mut GraphBuilder,
+    cx: &mut Context<'_>,
+    moe: MoeConfig,
+    prefix: &str,
+    x: ValueId,
+) -> Result<ValueId, NodeError> {
+    let sizes = Sizes {
+        moe,
+        hidden: cx.cfg.hidden_size,
+        inner: cx.cfg.intermediate_size,
+    };
+    let tables = Tables::of(b, cx)?;
+    b.scope("moe", |b| {
+        let shape = b.shape(x).to_vec();
+        let tokens = Dim::product(&shape[..2]);
+        let rows = b.reshape("tokens", x, &[tokens, sizes.hidden.into()])?;
+        let routed = route(b, sizes, prefix, rows)?;
+        let form = match (cx.runtime, cx.mla_form) {
+            (Runtime::Standard, _) => Form::Chosen,
+            (Runtime::TensorRt, MlaForm::Absorbed) => Form::Gathered,
+            (Runtime::TensorRt, MlaForm::Expanded) => Form::All,
+        };
+        let gate_up = projection(b, cx, sizes, form, prefix, "gate_up_proj", &sizes.gate_up());
+        let down = projection(b, cx, sizes, form, prefix, "down_proj", &sizes.down());
+        let sum = match form {
+            Form::Chosen => chosen(b, sizes, tables, prefix, rows, routed, gate_up, down)?,
+            Form::Gathered => gathered(b, sizes, tables, rows, routed, gate_up, down)?,
+            Form::All => all(b, sizes, tables, rows, routed, gate_up, down)?,
+        };
+        let sum = b.cast("sum_cast", sum, cx.dtype)?;
+        b.reshape("out", sum, &shape)
+    })
+}
+
+/// Which experts are computed for which tokens; all forms give the same.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Form {
+    /// A loop over the distinct experts that some token chose, each for its tokens: every chosen expert is
+    /// decoded once, the others never, and one decoded expert is in memory.
+    Chosen,
+    /// The K experts of every token side by side, without a loop: for few tokens.
+    Gathered,
+    /// A loop over all experts, each for all tokens; needs no shape that depends on what was chosen.
+    All,
+}
+
+/// Constant tables of the decoders, built once.
+#[derive(Clone, Copy)]
+struct Tables {
+    /// f32 `[65536, 4]`: the numbers of two bytes.
+    quads: ValueId,
+    /// f32 `[256]`: what a scale byte means.
+    scales: ValueId,
+}
+
+impl Tables {
+    fn of(b: &mut GraphBuilder, cx: &mut Context<'_>) -> Result<Self, NodeError> {
+        let quads = match cx.fp4_quads {
+            Some(quads) => quads,
+            None => b.top_level(|b| b.scope("fp4", quads))?,
+        };
+        cx.fp4_quads = Some(quads);
+        // A scale that is NaN is refused when the checkpoint's bytes are written.
+        let scales: Vec<f32> = (0..=255)
+            .map(|byte| mxfp4::scale(byte).unwrap_or(f32::NAN))
+            .collect();
+        let scales = b.constant(InlineTensor::float(DType::F32, &[256], &scales));
+        Ok(Self { quads, scales })
+    }
+}
+
+/// f32 `[65536, 4]`, from the table of one byte: a lookup costs the same for two numbers as for four.
+fn quads(b: &mut GraphBuilder) -> Result<ValueId, NodeError> {
+    let pairs: Vec<f32> = (0..256)
+        .flat_map(|byte| [FP4[byte % 16], FP4[byte / 16]])
+        .collect();
+    let pairs = b.constant(InlineTensor::float(DType::F32, &[256, 2], &pairs));
+    let all = [256.into(), 256.into(), 2.into()];
+    let low = b.unsqueeze("low_byte", pairs, &[0])?;
+    let low = b.expand("low_bytes", low, &all)?;
+    let high = b.unsqueeze("high_byte", pairs, &[1])?;
+    let high = b.expand("high_bytes", high, &all)?;
+    let quads = b.concat("both_bytes", &[low, high], 2)?;
+    b.reshape("quads", quads, &[65536.into(), 4.into()])
+}
+
+/// Experts and weights of every row of `x [tokens, D]`.
+fn route(
+    b: &mut GraphBuilder,
+    sizes: Sizes,
+    prefix: &str,
+    x: ValueId,
+) -> Result<Routed, NodeError> {
+    let (experts, k) = (sizes.moe.num_experts, sizes.moe.experts_per_token);
+    let tensor = format!("{prefix}.mlp.router");
+    let logits = b.linear("router", x, &tensor, experts, sizes.hidden, true)?;
+    let logits = b.cast("router_f32", logits, SUM_DTYPE)?;
+    let k = b.ints(&[k as i64]);
+    let top = b.apply("chosen", Op::TopK, &[Some(logits), Some(k)])?;
+    Ok(Routed {
+        experts: top[1],
+        weights: b.softmax("chosen_weights", top[0])?,
+    })
+}
+
+/// The stored tensors of one projection in the element types that the form reads.
+fn projection(
+    b: &mut GraphBuilder,
+    cx: &Context<'_>,
+    sizes: Sizes,
+    form: Form,
+    prefix: &str,
+    part: &str,
+    matrix: &Matrix,
+) -> Projection {
+    let name = format!("{prefix}.mlp.experts.{part}");
+    let (count, Matrix { out, input }) = (sizes.moe.num_experts, matrix);
+    let (out, blocks) = (*out, input / BLOCK);
+    let as_is = |name: String, shape: Vec<usize>| WeightRef {
+        name,
+        source_shape: shape.clone(),
+        transform: Transform::AsIs,
+        dtype: cx.dtype,
+        shape,
+    };
+    let bias = b.weight(as_is(format!("{name}_bias"), vec![count, out]));
+    if sizes.moe.format == ExpertFormat::Dense {
+        let matrix = b.weight(as_is(name, vec![count, *input, out]));
+        return Projection {
+            matrix,
+            scales: matrix,
+            bias,
+        };
+    }
+    // TensorRT has no constants of bytes.
+    let (block_type, block_shape, scale_type, scale_shape) = if form == Form::Chosen {
+        (
+            DType::U16,
+            vec![count, out, blocks * 8],
+            DType::U8,
+            vec![count, out, blocks],
+        )
+    } else {
+        (
+            DType::I32,
+            vec![count, out, blocks * 4],
+            DType::I32,
+            vec![count, out * blocks / 4],
+        )
+    };
+    let matrix = b.weight(WeightRef {
+        name: format!("{name}_blocks"),
+        source_shape: vec![count, out, blocks, BLOCK / 2],
+        transform: Transform::Bytes,
+        dtype: block_type,
+        shape: block_shape,
+    });
+    let scales = b.weight(WeightRef {
+        name: format!("{name}_scales"),
+        source_shape: vec![count, out, blocks],
+        transform: Transform::Scales,
+        dtype: scale_type,
+        shape: scale_shape,
+    });
+    Projection {
+        matrix,
+        scales,
+        bias,
+    }
+}
+
+/// [`Form::Chosen`]: f32 `[tokens, D]`. Everything after the router is computed in f32.
+fn chosen(
+    b: &mut GraphBuilder,
+    sizes: Sizes,
+    tables: Tables,
+    prefix: &str,
+    x: ValueId,
+    routed: Routed,
+    gate_up: Projection,
+    down: Projection,
+) -> Result<ValueId, NodeError> {
+    let size = Dim::symbol(&format!("experts_of.{prefix}"));
+    let op = Op::Unique {
+        size: size.to_string().into(),
+    };
+    let distinct = b.node("distinct", op, &[routed.experts])?;
+    let trips = b.dim_scalar(&size)?;
+    let x = b.cast("tokens_f32", x, SUM_DTYPE)?;
+    let nothing = zeros(b, x)?;
+    let captured = [
+        x,
+        distinct,
+        routed.experts,
+        routed.weights,
+        tables.quads,
+        tables.scales,
+        gate_up.matrix,
+        gate_up.scales,
+        gate_up.bias,
+        down.matrix,
+        down.scales,
+        down.bias,
+    ];
+    let [sum] = b.repeat("experts", trips, [nothing], captured, |b, run| {
+        let [x, distinct, chosen, weights, quads, scales, ..] = run.captured;
+        let (gate_up, down) = projections(&run.captured[6..]);
+        let tables = Tables { quads, scales };
+        let expert = b.node("expert", Op::Gather { axis: 0 }, &[distinct, run.iteration])?;
+        let (rows, x, weight) = tokens_of(b, expert, x, chosen, weights)?;
+        let out = mlp(b, sizes, x, |b, part, x| {
+            let (size, p) = match part {
+                Part::GateUp => (sizes.gate_up(), gate_up),
+                Part::Down => (sizes.down(), down),
+            };
+            let stored = gather(b, "stored", p.matrix, expert)?;
+            let matrix = match sizes.moe.format {
+                ExpertFormat::Dense => b.cast("matrix", stored, SUM_DTYPE)?,
+                ExpertFormat::Mxfp4 => {
+                    let scales = gather(b, "stored_scales", p.scales, expert)?;
+                    decode_by_table(b, tables, &size, stored, scales)?
+                }
+            };
+            product(b, sizes, x, matrix, p.bias, expert)
+        })?;
+        let out = b.mul("weighted", out, weight)?;
+        Ok([b.node("sum", Op::ScatterAdd, &[run.carried[0], rows, out])?])
+    })?;
+    Ok(sum)
+}
+
+/// The tokens that chose `expert`: their rows i64 `[n, 1]`, their hidden states `[n, D]` and its weights
+/// for them `[n, 1]`.
+fn tokens_of(
+    b: &mut GraphBuilder,
+    expert: ValueId,
+    x: ValueId,
+    chosen: ValueId,
+    weights: ValueId,
+) -> Result<(ValueId, ValueId, ValueId), NodeError> {
+    let hit = b.compare("hit", Compare::Equal, chosen, expert)?;
+    let op = Op::NonZero {
+        size: "tokens_of_expert".into(),
+    };
+    let places = b.node("places", op, &[hit])?;
+    let places = b.transpose("places_t", places, &[1, 0])?;
+    let rows = b.slice("rows", places, 1, 0..1)?;
+    let x = b.node("hidden", Op::GatherNd, &[x, rows])?;
+    let weights = b.node("weight", Op::GatherNd, &[weights, places])?;
+    let weights = b.unsqueeze("weight_column", weights, &[1])?;
+    Ok((rows, x, weights))
+}
+
+/// [`Form::All`]: f32 `[tokens, D]`.
+fn all(
+    b: &mut GraphBuilder,
+    sizes: Sizes,
+    tables: Tables,
+    x: ValueId,
+    routed: Routed,
+    gate_up: Projection,
+    down: Projection,
+) -> Result<ValueId, NodeError> {
+    let nothing = zeros(b, x)?;
+    let trips = InlineTensor::i64(&[], &[sizes.moe.num_experts as i64]);
+    let trips = b.constant(trips);
+    let captured = [
+        x,
+        routed.experts,
+        routed.weights,
+        tables.scales,
+        gate_up.matrix,
+        gate_up.scales,
+        gate_up.bias,
+        down.matrix,
+        down.scales,
+        down.bias,
+    ];
+    let [sum] = b.repeat("experts", trips, [nothing], captured, |b, run| {
+        let [x, chosen, weights, scales, ..] = run.captured;
+        let (gate_up, down) = projections(&run.captured[4..]);
+        let expert = run.iteration;
+        let out = mlp(b, sizes, x, |b, part, x| {
+            let (size, p) = match part {
+                Part::GateUp => (sizes.gate_up(), gate_up),
+                Part::Down => (sizes.down(), down),
+            };
+            let mut matrix = gather(b, "stored", p.matrix, expert)?;
+            if sizes.moe.format == ExpertFormat::Mxfp4 {
+                let words = gather(b, "stored_scales", p.scales, expert)?;
+                let shape = [size.out.into(), size.input.into()];
+                let dtype = b.ty(x).dtype;
+                matrix = decode_words(b, scales, &[], &size, matrix, words, dtype)?;
+                matrix = b.reshape("matrix", matrix, &shape)?;
+            }
+            product(b, sizes, x, matrix, p.bias, expert)
+        })?;
+        let hit = b.compare("hit", Compare::Equal, chosen, expert)?;
+        let none = b.constant(InlineTensor::float(SUM_DTYPE, &[], &[0.0]));
+        let weight = b.node("weight_if_hit", Op::Where, &[hit, weights, none])?;
+        let axis = b.ints(&[1]);
+        let weight = b.node("weight", Op::ReduceSum, &[weight, axis])?;
+        let out = b.cast("out_f32", out, SUM_DTYPE)?;
+        let out = b.mul("weighted", out, weight)?;
+        Ok([b.add("sum", run.carried[0], out)?])
+    })?;
+    Ok(sum)
+}
+
+/// [`Form::Gathered`]: f32 `[tokens, 1, D]`.
+fn gathered(
+    b: &mut GraphBuilder,
+    sizes: Sizes,
+    tables: Tables,
+    x: ValueId,
+    routed: Routed,
+    gate_up: Projection,
+    down: Projection,
+) -> Result<ValueId, NodeError> {
+    let dtype = b.ty(x).dtype;
+    let lead = b.shape(routed.experts).to_vec();
+    let x = b.unsqueeze("token_columns", x, &[1, 3])?;
+    let out = mlp(b, sizes, x, |b, part, x| {
+        let (size, p) = match part {
+            Part::GateUp => (sizes.gate_up(), gate_up),
+            Part::Down => (sizes.down(), down),
+        };
+        let stored = gather(b, "stored", p.matrix, routed.experts)?;
+        let matrix = match sizes.moe.format {
+            ExpertFormat::Dense => b.transpose("matrix", stored, &[0, 1, 3, 2])?,
+            ExpertFormat::Mxfp4 => {
+                let words = gather(b, "stored_scales", p.scales, routed.experts)?;
+                decode_words(b, tables.scales, &lead, &size, stored, words, dtype)?
+            }
+        };
+        let column = b.matmul("product", matrix, x)?;
+        let bias = gather(b, "stored_bias", p.bias, routed.experts)?;
+        let bias = b.unsqueeze("bias_column", bias, &[3])?;
+        b.add("biased", column, bias)
+    })?;
+    let axes = b.ints(&[3]);
+    let out = b.node("outs", Op::Squeeze, &[out, axes])?;
+    let out = b.cast("out_f32", out, SUM_DTYPE)?;
+    let weights = b.unsqueeze("weight_columns", routed.weights, &[2])?;
+    let out = b.mul("weighted", out, weights)?;
+    let axis = b.ints(&[1]);
+    b.node("sum", Op::ReduceSum, &[out, axis])
+}
+
+/// The captured values of both projections, in the order of the captures.
+fn projections(captured: &[ValueId]) -> (Projection, Projection) {
+    let one = |at: usize| Projection {
+        matrix: captured[at],
+        scales: captured[at + 1],
+        bias: captured[at + 2],
+    };
+    (one(0), one(3))
+}
+
+/// f32 zeros `[tokens, D]`.
+fn zeros(b: &mut GraphBuilder, x: ValueId) -> Result<ValueId, NodeError> {
+    let zero = b.constant(InlineTensor::float(SUM_DTYPE, &[1, 1], &[0.0]));
+    let shape = b.shape(x).to_vec();
+    b.expand("nothing", zero, &shape)
+}
+
+/// What `table` has for one expert or several.
+fn gather(
+    b: &mut GraphBuilder,
+    name: &str,
+    table: ValueId,
+    experts: ValueId,
+) -> Result<ValueId, NodeError> {
+    b.node(name, Op::Gather { axis: 0 }, &[table, experts])
+}
+
+/// `x [n, in]` by one expert's matrix, and its bias: `[n, out]`.
+fn product(
+    b: &mut GraphBuilder,
+    sizes: Sizes,
+    x: ValueId,
+    matrix: ValueId,
+    bias: ValueId,
+    expert: ValueId,
+) -> Result<ValueId, NodeError> {
+    let dtype = b.ty(x).dtype;
+    let bias = gather(b, "stored_bias", bias, expert)?;
+    let bias = b.cast("bias", bias, dtype)?;
+    let trans_b = sizes.moe.format == ExpertFormat::Mxfp4;
+    b.node("product", Op::Gemm { trans_b }, &[x, matrix, bias])
+}
+
+#[derive(Clone, Copy)]
+enum Part {
+    GateUp,
+    Down,
+}
+
+/// An expert: two projections around the clamped `SwiGLU`; `x` is `[.., D]`, or a column `[.., D, 1]`.
+fn mlp(
+    b: &mut GraphBuilder,
+    sizes: Sizes,
+    x: ValueId,
+    mut project: impl FnMut(&mut GraphBuilder, Part, ValueId) -> Result<ValueId, NodeError>,
+) -> Result<ValueId, NodeError> {
+    let Sizes { moe, inner, .. } = sizes;
+    let both = b.scope("gate_up", |b| project(b, Part::GateUp, x))?;
+    let gated = b.scope("gated", |b| {
+        let dtype = b.ty(both).dtype;
+        let scalar =
+            |b: &mut GraphBuilder, x: f64| b.constant(InlineTensor::float(dtype, &[], &[x as f32]));
+        let shape = b.shape(both).to_vec();
+        let column = shape.last().is_some_and(Dim::is_one);
+        let axis = shape.len() - if column { 2 } else { 1 };
+        let mut split = shape.clone();
+        split[axis] = inner.into();
+        let result = split.clone();
+        split.insert(axis + 1, 2.into());
+        let pairs = b.reshape("pairs", both, &split)?;
+        let parts = b.split("parts", pairs, axis + 1, &[1, 1])?;
+        let gate = b.reshape("gate", parts[0], &result)?;
+        let up = b.reshape("up", parts[1], &result)?;
+        let (low, high) = (scalar(b, -moe.swiglu_limit), scalar(b, moe.swiglu_limit));
+        let gate = b.node("gate_min", Op::Binary(Binary::Min), &[gate, high])?;
+        let up = b.node("up_min", Op::Binary(Binary::Min), &[up, high])?;
+        let up = b.node("up_max", Op::Binary(Binary::Max), &[up, low])?;
+        let slope = b.scale("slope", gate, moe.swiglu_alpha)?;
+        let sigmoid = b.unary("sigmoid", Unary::Sigmoid, slope)?;
+        let glu = b.mul("glu", gate, sigmoid)?;
+        let one = scalar(b, 1.0);
+        let up = b.add("up_plus_1", up, one)?;
+        b.mul("out", up, glu)
+    })?;
+    b.scope("down", |b| project(b, Part::Down, gated))
+}
+
+/// One expert's matrix `[out, in]` in f32, from blocks u16 `[out, in/4]` and scales u8 `[out, in/32]`.
+///
+/// One lookup for two bytes: of the standard operators that can decode FP4 this was the fastest.
+fn decode_by_table(
+    b: &mut GraphBuilder,
+    tables: Tables,
+    size: &Matrix,
+    blocks: ValueId,
+    scales: ValueId,
+) -> Result<ValueId, NodeError> {
+    let (out, count) = (size.out.into(), (size.input / BLOCK).into());
+    let codes = b.cast("codes", blocks, DType::I32)?;
+    let numbers = gather(b, "numbers", tables.quads, codes)?;
+    let numbers = b.reshape("blocks", numbers, &[out, count, BLOCK.into()])?;
+    let scales = b.cast("scale_codes", scales, DType::I32)?;
+    let scales = gather(b, "scales", tables.scales, scales)?;
+    let scales = b.unsqueeze("scale_columns", scales, &[2])?;
+    let numbers = b.mul("scaled", numbers, scales)?;
+    b.reshape("matrix", numbers, &[size.out.into(), size.input.into()])
+}
+
+/// Matrices `[lead.., out, in]` of `dtype`, from blocks i32 `[lead.., out, in/8]` and scales i32
+/// `[lead.., out*in/128]`, by arithmetic on words.
+fn decode_words(
+    b: &mut GraphBuilder,
+    table: ValueId,
+    lead: &[Dim],
+    size: &Matrix,
+    blocks: ValueId,
+    scales: ValueId,
+    dtype: DType,
+) -> Result<ValueId, NodeError> {
+    let blocks_of = |last: usize| {
+        let mut shape = lead.to_vec();
+        shape.extend([size.out.into(), (size.input / BLOCK).into(), last.into()]);
+        shape
+    };
+    let codes = b.scope("blocks", |b| digits(b, blocks, 8))?;
+    let numbers = b.scope("numbers", |b| fp4(b, codes))?;
+    let numbers = b.reshape("blocks", numbers, &blocks_of(BLOCK))?;
+    let codes = b.scope("scales", |b| digits(b, scales, 4))?;
+    let scales = gather(b, "scales", table, codes)?;
+    let scales = b.reshape("scale_columns", scales, &blocks_of(1))?;
+    let numbers = b.mul("scaled", numbers, scales)?;
+    let numbers = b.cast("scaled_cast", numbers, dtype)?;
+    let mut shape = lead.to_vec();
+    shape.extend([size.out.into(), size.input.into()]);
+    b.reshape("matrix", numbers, &shape)
+}
+
+/// The `count` digits of every word of `words [..]`, lowest first: i32 `[.., count]`. The word's sign is
+/// the top bit of its last digit; with that cleared, quotients and remainders are of numbers that
+/// are not negative, on whose rounding all runtimes agree.
+fn digits(b: &mut GraphBuilder, words: ValueId, count: usize) -> Result<ValueId, NodeError> {
+    let bits = 32 / count;
+    let int = |b: &mut GraphBuilder, x: i32| b.constant(InlineTensor::i32(&[], &[x]));
+    let rank = b.ty(words).rank() as i64;
+    let words = b.unsqueeze("words", words, &[rank])?;
+    let zero = int(b, 0);
+    let lowest = int(b, i32::MIN);
+    let negative = b.compare("negative", Compare::Greater, zero, words)?;
+    let cleared = b.sub("cleared", words, lowest)?;
+    let words = b.node("positive", Op::Where, &[negative, cleared, words])?;
+    let steps: Vec<i32> = (0..count).map(|i| 1 << (i * bits)).collect();
+    let steps = b.constant(InlineTensor::i32(&[count], &steps));
+    let quotients = b.node("quotients", Op::Binary(Binary::Div), &[words, steps])?;
+    let base = int(b, 1 << bits);
+    let digits = b.node("remainders", Op::Binary(Binary::Mod), &[quotients, base])?;
+    let mut top = vec![0; count];
+    top[count - 1] = 1 << (bits - 1);
+    let top = b.constant(InlineTensor::i32(&[count], &top));
+    let top = b.node("top_bit", Op::Where, &[negative, top, zero])?;
+    b.add("digits", digits, top)
+}
+
+/// FP4 numbers of codes 0 to 15 in f32. With `n` the low 3 bits, the magnitude is `max(n/2, n - 2, 2n - 8)`.
+fn fp4(b: &mut GraphBuilder, codes: ValueId) -> Result<ValueId, NodeError> {
+    let eight = b.constant(InlineTensor::i32(&[], &[8]));
+    let seven = b.constant(InlineTensor::i32(&[], &[7]));
+    let negative = b.compare("negative", Compare::Greater, codes, seven)?;
+    let low = b.node("low", Op::Binary(Binary::Mod), &[codes, eight])?;
+    let n = b.cast("n", low, SUM_DTYPE)?;
+    let scalar =
+        |b: &mut GraphBuilder, x: f32| b.constant(InlineTensor::float(SUM_DTYPE, &[], &[x]));
+    let (two, eight) = (scalar(b, 2.0), scalar(b, 8.0));
+    let half = b.scale("half", n, 0.5)?;
+    let less = b.sub("less", n, two)?;
+    let twice = b.mul("twice", n, two)?;
+    let twice = b.sub("twice_less", twice, eight)?;
+    let size = b.node("larger", Op::Binary(Binary::Max), &[half, less])?;
+    let size = b.node("largest", Op::Binary(Binary::Max), &[size, twice])?;
+    let minus = b.unary("minus", Unary::Neg, size)?;
+    b.node("number", Op::Where, &[negative, minus, size])
+}
+
+#[cfg(test)]
+mod tests;
