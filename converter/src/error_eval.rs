@@ -259,6 +259,7 @@ fn attend<'k>(
             let keys = keys(h).subrows(block.keys.start, block.keys.len());
             let p = block_probabilities(
                 attention,
+                h,
                 &sample.positions,
                 block,
                 queries(h, block).view(),

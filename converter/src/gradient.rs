@@ -271,6 +271,7 @@ impl Differentiable<'_> {
         let keys = rows.view().subrows(block.keys.start, block.keys.len());
         let p = block_probabilities(
             self.attention,
+            h,
             batch.positions,
             block,
             absorbed.view(),
@@ -410,7 +411,7 @@ mod tests {
             kv_heads: 2,
             head_dim: 6,
         };
-        for sliding_window in [None, Some(9)] {
+        for (sliding_window, sinks) in [(None, None), (Some(9), Some(vec![0.5, -1.0, 2.0, 1.0]))] {
             let attention = Attention {
                 shape,
                 rotary: Rotary {
@@ -419,6 +420,7 @@ mod tests {
                 },
                 scale: 0.5,
                 sliding_window,
+                sinks,
             };
             let (r, d_r, tokens) = (7, 4, 40);
             let (o, stacked) = (random(12, 24, 1, 0.5), random(tokens, 24, 2, 1.0));

@@ -117,6 +117,9 @@ pub struct Attention {
     pub scale: f64,
     /// Positions a query sees, itself included; `None`: all before it.
     pub sliding_window: Option<usize>,
+    /// A logit per query head that joins the scores in the softmax and whose probability goes
+    /// nowhere, `[H]`. Adding a constant to all scores of a head is then no longer invisible.
+    pub sinks: Option<Vec<f32>>,
 }
 
 impl Attention {
@@ -143,6 +146,19 @@ impl Attention {
                 "check rope_scaling in config.json",
             ));
         }
+        if let Some(sinks) = &self.sinks
+            && (sinks.len() != self.shape.query_heads || !sinks.iter().all(|x| x.is_finite()))
+        {
+            return Err(refuse(
+                "sinks",
+                format!(
+                    "{} finite numbers, one per query head",
+                    self.shape.query_heads
+                ),
+                format!("{} numbers, or NaN or infinity among them", sinks.len()),
+                "make config.json and the checkpoint agree",
+            ));
+        }
         if self.sliding_window == Some(0) {
             return Err(refuse(
                 "sliding_window",
@@ -152,6 +168,11 @@ impl Attention {
             ));
         }
         Ok(())
+    }
+
+    /// The sink of a query head.
+    pub fn sink(&self, head: usize) -> Option<f32> {
+        self.sinks.as_ref().map(|s| s[head])
     }
 
     /// Oldest position that position `t` attends to.
@@ -214,6 +235,8 @@ pub struct LayerWeights {
     pub layer: usize,
     /// Heads, rotation, scale, window.
     pub attention: Attention,
+    /// What the converted layer's encoder takes.
+    pub encoder: MlaEncoder,
     /// `q_proj` `[H*d, D]`.
     pub q: Projection,
     /// `k_proj` `[G*d, D]`.
@@ -276,17 +299,16 @@ impl LayerWeights {
                 "make config.json and the checkpoint agree",
             ));
         }
-        Ok(())
-    }
-
-    /// Which encoder the converted layer needs: keys that pass a norm cannot be encoded from the
-    /// hidden state linearly.
-    pub fn encoder(&self) -> MlaEncoder {
-        if self.k_norm.is_some() {
-            MlaEncoder::NormedKey
-        } else {
-            MlaEncoder::Hidden
+        // Keys that pass a norm cannot be encoded from the hidden state linearly.
+        if (self.encoder == MlaEncoder::NormedKey) != self.k_norm.is_some() {
+            return Err(refuse(
+                format!("layer {} mla_encoder", self.layer),
+                "normed_key for keys with a norm, and only for them",
+                self.encoder.name(),
+                "choose the encoder of the model's family",
+            ));
         }
+        Ok(())
     }
 }
 

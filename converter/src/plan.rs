@@ -61,6 +61,16 @@ impl CachePlan {
         }
     }
 
+    /// The cache of a model whose converted layers, if any, are in its configuration.
+    pub fn of(config: &ModelConfig, element_bytes: usize) -> Self {
+        Self::new(config, element_bytes, |layer| {
+            config.mla_layer(layer).map(|mla| RankChoice {
+                kv_lora_rank: mla.kv_lora_rank,
+                qk_rope_head_dim: mla.qk_rope_head_dim,
+            })
+        })
+    }
+
     /// Bytes per sequence at a context of `context` tokens, without conversion.
     pub fn gqa_bytes(&self, context: usize) -> u64 {
         self.bytes(context, |l| l.gqa_width)
@@ -69,6 +79,13 @@ impl CachePlan {
     /// Bytes per sequence at a context of `context` tokens, with conversion.
     pub fn mla_bytes(&self, context: usize) -> u64 {
         self.bytes(context, LayerCache::width)
+    }
+
+    /// Numbers that all layers cache of one token while it is inside every window, without and with
+    /// conversion.
+    pub fn numbers_per_token(&self) -> (usize, usize) {
+        let sum = |width: fn(&LayerCache) -> usize| self.layers.iter().map(width).sum();
+        (sum(|l| l.gqa_width), sum(LayerCache::width))
     }
 
     /// Bytes one more token costs beyond all windows, without and with conversion.

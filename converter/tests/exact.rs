@@ -7,9 +7,36 @@ use mlac_converter::{
     LayerFactors, LayerStatistics, LayerWeights, RankChoice, Recipe, StatisticsOptions, TransMla,
     compose, convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
 };
+use mlac_model::MlaEncoder;
 use proptest::prelude::*;
 
-const CASES: [(&str, Case); 7] = [
+const CASES: [(&str, Case); 10] = [
+    (
+        "sinks",
+        Case {
+            sinks: true,
+            ..Case::plain(4, 2, 8, 24)
+        },
+    ),
+    (
+        "kept query",
+        Case {
+            encoder: MlaEncoder::KeptQuery,
+            bias: true,
+            ..Case::plain(4, 2, 8, 24)
+        },
+    ),
+    (
+        "everything GPT-OSS has",
+        Case {
+            encoder: MlaEncoder::KeptQuery,
+            bias: true,
+            sinks: true,
+            window: Some(7),
+            attention_factor: 1.3466,
+            ..Case::plain(6, 3, 8, 28)
+        },
+    ),
     ("plain", Case::plain(4, 2, 8, 24)),
     ("one kv head", Case::plain(3, 1, 8, 20)),
     ("one query head per kv head", Case::plain(4, 4, 8, 24)),

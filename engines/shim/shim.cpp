@@ -18,7 +18,7 @@
 #include "NvInfer.h"
 #include "NvOnnxParser.h"
 
-#define MLAC_TRT_SHIM_ABI 1
+#define MLAC_TRT_SHIM_ABI 2
 #define MLAC_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace
@@ -79,13 +79,15 @@ trt::Dims dims(int64_t const* values, int32_t rank)
 }
 } // namespace
 
-// One input or output of the network. A dimension of -1 is dynamic.
+// One input or output of the network. A dimension of -1 is dynamic; its symbol is its name in the
+// ONNX file, null without one.
 struct MlacTrtTensor
 {
     char const* name;
     int32_t dtype;
     int32_t rank;
     int64_t dims[8];
+    char const* symbols[8];
 };
 
 struct MlacTrtParseError
@@ -210,6 +212,7 @@ MLAC_EXPORT int32_t mlac_trt_tensor(Build* build, int32_t kind, int32_t index, M
     for (int32_t i = 0; i < shape.nbDims && i < 8; ++i)
     {
         out->dims[i] = shape.d[i];
+        out->symbols[i] = kind == 0 ? tensor->getDimensionName(i) : nullptr;
     }
     return 1;
 }

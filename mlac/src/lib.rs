@@ -7,6 +7,7 @@ pub mod cli;
 pub mod error;
 pub mod pipeline;
 pub mod progress;
+pub mod release;
 pub mod report;
 pub mod staging;
 pub mod windows;

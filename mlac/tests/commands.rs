@@ -6,6 +6,62 @@ use std::fs;
 
 use common::{Bench, contents};
 
+/// GPT-OSS: sliding layers hold their window, the others everything; what the plan says is what
+/// the graph returns, before and after the window's edge.
+#[test]
+fn the_plan_of_a_model_with_windows_is_what_the_graph_caches() {
+    let bench = Bench::with("gpt_oss_mxfp4");
+    for layers in ["full", "all"] {
+        let (mla, onnx) = (format!("mla-{layers}"), format!("onnx-{layers}"));
+        let ranks = ["--budget", "0.4", "--layers", layers];
+        bench
+            .run(
+                &[
+                    &["convert", "model", "-o", &mla, "--calib", "none"],
+                    &ranks[..],
+                ]
+                .concat(),
+            )
+            .succeeds();
+        for file in [
+            "configuration_gpt_oss_mla.py",
+            "modeling_gpt_oss_mla.py",
+            "README.md",
+            "tokenizer.json",
+        ] {
+            assert!(bench.path(&mla).join(file).is_file(), "{file} is missing");
+        }
+        bench.run(&["export", &mla, "-o", &onnx]).succeeds();
+        for prompt in [
+            "two",
+            "the shelf holds a jar of nails, two maps; and 31 letters",
+        ] {
+            let said = bench
+                .run(&[
+                    "generate",
+                    &onnx,
+                    "--prompt",
+                    prompt,
+                    "--max-tokens",
+                    "4",
+                    "--json",
+                ])
+                .succeeds();
+            let said: serde_json::Value = serde_json::from_str(&said).unwrap();
+            let tokens = said["cached_tokens"].to_string();
+            let cached = ["--contexts", &tokens, "--cache-bytes", "4", "--json"];
+            let plan = bench
+                .run(&[&["plan", "model"], &ranks[..], &cached].concat())
+                .succeeds();
+            let plan: serde_json::Value = serde_json::from_str(&plan).unwrap();
+            assert_eq!(
+                plan["cache"][0]["mla_bytes"], said["cache_bytes"],
+                "{layers}, {tokens} tokens"
+            );
+        }
+    }
+}
+
 #[test]
 fn the_parts_of_the_way_one_by_one() {
     let bench = Bench::with("llama_gqa");

@@ -7,13 +7,16 @@
 pub mod checkpoint;
 pub mod config;
 pub mod error;
+pub mod mxfp4;
 pub mod refusal;
 pub mod rope;
 pub mod tensor;
 pub mod tokenizer;
 
 pub use checkpoint::{Checkpoint, CheckpointWriter};
-pub use config::{Architecture, MlaConfig, MlaEncoder, MlaLayer, ModelConfig};
+pub use config::{
+    Architecture, ExpertFormat, MlaConfig, MlaEncoder, MlaLayer, ModelConfig, MoeConfig,
+};
 pub use error::Error;
 pub use refusal::Refusal;
 pub use rope::{RopeScaling, RopeSpec, RopeTable};

@@ -74,10 +74,6 @@ impl Cases {
         if let Some((name, most)) = &self.worst {
             println!("{total} cases, largest difference {most:.1e} of the scale in {name}");
         }
-        assert!(
-            total >= least,
-            "only {total} cases ran, at least {least} exist: check the list of cases"
-        );
         let lines: Vec<String> = self
             .failed
             .iter()
@@ -88,6 +84,10 @@ impl Cases {
             "{} of {total} cases failed:{}",
             self.failed.len(),
             lines.concat()
+        );
+        assert!(
+            total >= least,
+            "only {total} cases ran, at least {least} exist: check the list of cases"
         );
     }
 }

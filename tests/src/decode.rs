@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use mlac_converter::CachePlan;
 use mlac_engines::ort::{
     CacheKind, CacheLayout, Decoder, Dim, HostTensor, Logits, OrtSession, SessionOptions, Value,
 };
@@ -20,8 +21,8 @@ pub struct Decoded {
     pub logits: Vec<f32>,
     /// What each layer caches, as the graph declares it.
     pub layouts: Vec<CacheLayout>,
-    /// Bytes cached per token and sequence, measured on the last step's outputs.
-    pub cached_per_token: f64,
+    /// Bytes cached of one sequence, measured on the last step's outputs.
+    pub cached: usize,
 }
 
 /// Runs a text in `pieces` of so many tokens through the product's decoder.
@@ -47,7 +48,7 @@ pub fn decode(folder: &Path, io: &Io, pieces: &[usize]) -> Outcome<Decoded> {
     Ok(Decoded {
         logits,
         layouts: decoder.layouts(),
-        cached_per_token: decoder.cache_bytes_per_token().unwrap_or(f64::NAN),
+        cached: decoder.cache_bytes() / io.batch,
     })
 }
 
@@ -161,7 +162,8 @@ pub fn decode_padded(folder: &Path, io: &Io, pieces: &[usize]) -> Outcome<Vec<f3
 }
 
 /// Runs a fixture's text and compares its logits with `expected` `[batch, seq, vocab]`, and the
-/// caches of the graph with what `config` says: their kinds, and the bytes that a step returned.
+/// caches of the graph with what `config` says: their kinds, and the bytes that a step returned
+/// with those that the plan promised.
 pub fn compare(
     folder: &Path,
     config: &ModelConfig,
@@ -179,6 +181,7 @@ pub fn compare(
     let caches: Vec<CacheLayout> = (0..config.num_hidden_layers)
         .map(|layer| CacheLayout {
             layer,
+            window: config.sliding_window[layer],
             kind: match config.mla_layer(layer) {
                 Some(mla) => CacheKind::Latent {
                     width: mla.cache_width(),
@@ -195,12 +198,11 @@ pub fn compare(
         return Err(format!("caches {:?}, expected {caches:?}", decoded.layouts));
     }
     let size = if options.dtype == DType::F16 { 2 } else { 4 };
-    let numbers: usize = caches.iter().map(CacheLayout::numbers_per_token).sum();
-    let bytes = (numbers * size) as f64;
-    if (decoded.cached_per_token - bytes).abs() > 1e-9 {
+    let planned = CachePlan::of(config, size).mla_bytes(io.seq);
+    if decoded.cached as u64 != planned {
         return Err(format!(
-            "{} bytes cached per token, expected {bytes}",
-            decoded.cached_per_token
+            "{} bytes cached of {} tokens, the plan says {planned}",
+            decoded.cached, io.seq
         ));
     }
     Ok(found)

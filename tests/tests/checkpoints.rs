@@ -40,6 +40,7 @@ fn read(folder: &Path) -> Outcome<Numbers> {
                     .map(|pair| f32::from_bits(u32::from(word(pair)) << 16))
                     .collect(),
                 Dtype::F16 => data.chunks(2).map(|pair| half(word(pair))).collect(),
+                Dtype::U8 => data.iter().map(|&byte| f32::from(byte)).collect(),
                 other => return Err(format!("{name} is {other}")),
             };
             found.insert(name, (tensor.shape().to_vec(), numbers));
@@ -69,7 +70,14 @@ fn check(folder: &Path) -> Outcome<Checkpoint> {
         ));
     }
     for (name, (shape, numbers)) in &expected {
-        if checkpoint.f32(name, shape).map_err(text)? != *numbers {
+        let info = checkpoint.info(name).map_err(text)?;
+        let found = if info.dtype == mlac_model::Dtype::U8 && info.shape == *shape {
+            let bytes = checkpoint.bytes(name).map_err(text)?;
+            bytes.iter().map(|&byte| f32::from(byte)).collect()
+        } else {
+            checkpoint.f32(name, shape).map_err(text)?
+        };
+        if found != *numbers {
             return Err(format!("{name} has other numbers"));
         }
     }
@@ -106,10 +114,10 @@ fn fixtures_and_their_mla_forms_open() {
                 };
                 let layers: Vec<usize> = mla.layers.keys().copied().collect();
                 let expected: Vec<usize> = (first..config.num_hidden_layers).collect();
-                let encoder = if model.name.starts_with("qwen3") {
-                    MlaEncoder::NormedKey
-                } else {
-                    MlaEncoder::Hidden
+                let encoder = match model.name.split('_').next() {
+                    Some("qwen3") => MlaEncoder::NormedKey,
+                    Some("gpt") => MlaEncoder::KeptQuery,
+                    _ => MlaEncoder::Hidden,
                 };
                 if layers != expected || mla.layers.values().any(|layer| layer.encoder != encoder) {
                     return Err(format!(

@@ -53,13 +53,17 @@ fn run(
     )
 }
 
-/// Every tensor outside converted attention has the source's type and bytes.
+/// Every tensor outside converted attention, and every one that the form keeps inside, has the
+/// source's type and bytes.
 fn require_rest_unchanged(source: &Path, converted: &Checkpoint) -> Outcome {
     let source = Checkpoint::open(source).map_err(text)?;
     let is_converted = |name: &str| {
         (0..source.config().num_hidden_layers).any(|layer| {
-            converted.config().mla_layer(layer).is_some()
-                && name.starts_with(&format!("model.layers.{layer}.self_attn."))
+            let tensor = name.strip_prefix(&format!("model.layers.{layer}.self_attn."));
+            match (converted.config().mla_layer(layer), tensor) {
+                (Some(mla), Some(tensor)) => !mla.encoder.keeps(tensor),
+                _ => false,
+            }
         })
     };
     for info in source.tensors() {
@@ -92,20 +96,76 @@ fn exact(options: &[&str], calibrated: bool) {
             "4",
         ]);
     }
-    options.extend(["--kv-lora-rank", "max", "--layers", "all"]);
+    options.extend(["--kv-lora-rank", "max"]);
     let mut cases = Cases::new();
     for model in fixtures::models().expect("the committed fixtures") {
-        cases.measure(&model.name, || {
-            let source = scratch.path().join(&model.name);
-            with_tokenizer(&model.folder, &source, model.io.vocab)?;
-            let target = scratch.path().join(format!("{}.mla", model.name));
-            let converted = convert(&source, &target, &options)?;
-            require_rest_unchanged(&source, &converted)?;
-            let expected: Vec<f64> = model.io.logits.iter().map(|&x| f64::from(x)).collect();
-            run(&model, &converted, &expected, EXACT)
-        });
+        let source = scratch.path().join(&model.name);
+        with_tokenizer(&model.folder, &source, model.io.vocab).expect("a copy of the fixture");
+        for layers in layer_choices(&model) {
+            let name = format!("{} {layers}", model.name);
+            cases.measure(&name, || {
+                let target = scratch.path().join(format!("{name}.mla"));
+                let options = [&options[..], &["--layers", layers]].concat();
+                let converted = convert(&source, &target, &options)?;
+                require_rest_unchanged(&source, &converted)?;
+                let expected: Vec<f64> = model.io.logits.iter().map(|&x| f64::from(x)).collect();
+                run(&model, &converted, &expected, EXACT)
+            });
+        }
     }
     cases.finish(MODELS);
+}
+
+/// `--layers all`, and `full` where only some layers have a window.
+fn layer_choices(model: &Fixture) -> Vec<&'static str> {
+    let windows = Checkpoint::open(&model.folder)
+        .expect("a committed fixture")
+        .config()
+        .sliding_window
+        .clone();
+    let some = windows.iter().any(Option::is_some) && windows.iter().any(Option::is_none);
+    if some {
+        vec!["all", "full"]
+    } else {
+        vec!["all"]
+    }
+}
+
+/// With less than half of the cache, windows included: [`compare`] holds the bytes that the last
+/// step returned against the plan of the converted model.
+#[test]
+fn windows_and_latents_together_cache_what_the_plan_says() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut cases = Cases::new();
+    let models = fixtures::models().unwrap();
+    let mut converted = Vec::new();
+    for model in models.iter().filter(|m| m.name.starts_with("gpt_oss")) {
+        for layers in ["all", "full"] {
+            let name = format!("{} {layers}", model.name);
+            cases.run(&name, || {
+                let target = scratch.path().join(format!("{name}.mla"));
+                let options = ["--budget", "0.4", "--layers", layers, "--calib", "none"];
+                converted.push((model, convert(&model.folder, &target, &options)?));
+                Ok(())
+            });
+        }
+    }
+    let jobs: Vec<Job> = converted
+        .iter()
+        .map(|(model, checkpoint)| Job {
+            folder: checkpoint.path().to_path_buf(),
+            io: model.folder.join("io.safetensors"),
+            out: PathBuf::from(checkpoint.path()).with_extension("logits"),
+        })
+        .collect();
+    let answers = python::reference(&jobs, false).unwrap();
+    for ((model, checkpoint), answer) in converted.iter().zip(&answers) {
+        let name = checkpoint.path().display().to_string();
+        cases.measure(format!("{name} as the reference"), || {
+            run(model, checkpoint, &answer.logits, SAME_WEIGHTS)
+        });
+    }
+    cases.finish(20);
 }
 
 #[test]
@@ -188,11 +248,18 @@ fn half(method: &str) {
         cases.run(format!("{} converts", model.name), || {
             let source = scratch.path().join(&model.name);
             with_tokenizer(&model.folder, &source, model.io.vocab)?;
+            // TransMLA keeps one head's rotation at most.
+            let config = Checkpoint::open(&source).map_err(text)?.config().clone();
+            let rotary = config.head_dim / 2;
+            let latent = (config.gqa_cache_width() / 2 - rotary).to_string();
+            let rotary = rotary.to_string();
+            let size = match method {
+                "transmla" => vec!["--kv-lora-rank", &latent, "--rope-dim", &rotary],
+                _ => vec!["--budget", "0.5"],
+            };
             let options = [
                 "--method",
                 method,
-                "--budget",
-                "0.5",
                 "--layers",
                 layers,
                 "--calib",
@@ -202,6 +269,7 @@ fn half(method: &str) {
                 "--calib-windows",
                 "4",
             ];
+            let options = [&options[..], &size].concat();
             let checkpoint = convert(&source, &target(model), &options)?;
             require_rest_unchanged(&source, &checkpoint)?;
             let config = checkpoint.config();

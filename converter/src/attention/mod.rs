@@ -39,10 +39,11 @@ pub(crate) fn row_blocks(positions: &[usize], attention: &Attention) -> Vec<RowB
         .collect()
 }
 
-/// Softmax probabilities `[rows, keys]` of a block: `queries` `[rows, n]` (scaled) against `keys`
-/// `[keys, n]`, causal and windowed.
+/// Softmax probabilities `[rows, keys]` of a block of one head: `queries` `[rows, n]` (scaled)
+/// against `keys` `[keys, n]`, causal and windowed; with a sink rows sum to less than 1.
 pub(crate) fn block_probabilities(
     attention: &Attention,
+    head: usize,
     positions: &[usize],
     block: &RowBlock,
     queries: MatRef<'_, f32>,
@@ -59,7 +60,7 @@ pub(crate) fn block_probabilities(
     );
     for (i, &t) in positions[block.rows.clone()].iter().enumerate() {
         let visible = attention.first_visible(t) - block.keys.start..t + 1 - block.keys.start;
-        softmax_row(scores.row_mut(i), visible);
+        softmax_row(scores.row_mut(i), visible, attention.sink(head));
     }
     scores
 }

@@ -77,16 +77,17 @@ fn exp_nonpositive(x: f32) -> f32 {
     p * power
 }
 
-/// Softmax over `row[visible]`, zero elsewhere.
-pub(crate) fn softmax_row(row: &mut [f32], visible: Range<usize>) {
+/// Softmax over `row[visible]` and the sink, whose share is dropped; zero elsewhere.
+pub(crate) fn softmax_row(row: &mut [f32], visible: Range<usize>, sink: Option<f32>) {
     row[..visible.start].fill(0.0);
     row[visible.end..].fill(0.0);
     let row = &mut row[visible];
-    let most = maximum(row);
+    let sink = sink.unwrap_or(f32::NEG_INFINITY);
+    let most = maximum(row).max(sink);
     for x in row.iter_mut() {
         *x = exp_nonpositive(*x - most);
     }
-    let scale = 1.0 / sum(row);
+    let scale = 1.0 / (sum(row) + (sink - most).exp());
     for x in row.iter_mut() {
         *x *= scale;
     }
@@ -111,8 +112,17 @@ mod tests {
     #[test]
     fn softmax_sees_only_the_visible_keys() {
         let mut row: Vec<f32> = (0..40).map(|i| (i % 7) as f32).collect();
-        softmax_row(&mut row, 3..37);
+        check(&mut row.clone(), None);
+        for sink in [-30.0, 2.5, 6.0, 11.0] {
+            check(&mut row, Some(sink));
+            row = (0..40).map(|i| (i % 7) as f32).collect();
+        }
+    }
+
+    fn check(row: &mut [f32], sink: Option<f32>) {
+        softmax_row(row, 3..37, sink);
         let total: f64 = (3..37).map(|i| f64::from(i % 7).exp()).sum();
+        let total = total + sink.map_or(0.0, |s| f64::from(s).exp());
         for (i, p) in row.iter().enumerate() {
             let expected = if (3..37).contains(&i) {
                 f64::from(i as u32 % 7).exp() / total

@@ -123,8 +123,14 @@ impl<'a> BlockContext<'a> {
         }
         let keys = groups.keys[g].view().subrows(first, n);
         let values = groups.values[g].subrows(first, n);
-        let mut p =
-            block_probabilities(self.attention, self.positions, block, queries.view(), keys);
+        let mut p = block_probabilities(
+            self.attention,
+            head,
+            self.positions,
+            block,
+            queries.view(),
+            keys,
+        );
         let outputs = product(p.view(), values);
         let mapped = product(outputs.view(), metric.view());
         // v_s B o_t [m, n]

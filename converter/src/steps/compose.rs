@@ -4,6 +4,7 @@
 //! `E [b_k ; b_v]`, and `q_proj` holds `[W_q,h ; q_rope_h W_q,h]` per head. `NormedKey`: the norm
 //! of keys sits between projection and encoder, so `kv_a = E` acts on `[k ; v]` and `q_rope_proj`
 //! on the normed query heads; `q_proj`, `k_proj`, `v_proj` and the norms stay as they are.
+//! `KeptQuery`: the encoder of `Hidden` with the queries of `NormedKey`; `q_proj` stays as it is.
 //! Products run in f64 and are rounded to f32 once.
 
 use mlac_model::{MlaEncoder, MlaLayer};
@@ -17,15 +18,15 @@ use crate::linalg::Matrix;
 pub struct MlaTensors {
     /// Shapes and encoder form.
     pub form: MlaLayer,
-    /// `Hidden`: `[H*(d+d_r), D]`, per head first d, then `d_r` rows. `NormedKey`: the source's.
+    /// `Hidden`: `[H*(d+d_r), D]`, per head first d, then `d_r` rows. Otherwise the source's.
     pub q_proj: Projection,
-    /// `Hidden`: `[r+d_r, D]`; `NormedKey`: `[r+d_r, 2*G*d]` on `[normed keys ; values]`.
+    /// `[r+d_r, D]`; `NormedKey`: `[r+d_r, 2*G*d]` on `[normed keys ; values]`.
     pub kv_a_proj_with_mqa: Projection,
     /// `[H*(d+d), r]`, per head first the key rows, then the value rows.
     pub kv_b_proj: Matrix<f32>,
     /// `[D, H*d]`.
     pub o_proj: Projection,
-    /// `NormedKey` only: `[H*d_r, d]`.
+    /// `NormedKey` and `KeptQuery`: `[H*d_r, d]`.
     pub q_rope_proj: Option<Matrix<f32>>,
     /// `NormedKey` only: the source's `k_proj`.
     pub k_proj: Option<Projection>,
@@ -40,24 +41,23 @@ pub struct MlaTensors {
 }
 
 impl MlaTensors {
-    /// The tensors by name below `model.layers.{i}.self_attn.`, with shapes.
+    /// The new tensors by name below `model.layers.{i}.self_attn.`, with shapes; without those that
+    /// the form keeps as the source has them ([`MlaEncoder::keeps`]).
     pub fn named(&self) -> Vec<(&'static str, Vec<usize>, &[f32])> {
         let mut list = Vec::new();
         let projections = [
-            ("q_proj.weight", "q_proj.bias", Some(&self.q_proj)),
-            ("k_proj.weight", "k_proj.bias", self.k_proj.as_ref()),
-            ("v_proj.weight", "v_proj.bias", self.v_proj.as_ref()),
+            ("q_proj.weight", "q_proj.bias", &self.q_proj),
             (
                 "kv_a_proj_with_mqa.weight",
                 "kv_a_proj_with_mqa.bias",
-                Some(&self.kv_a_proj_with_mqa),
+                &self.kv_a_proj_with_mqa,
             ),
-            ("o_proj.weight", "o_proj.bias", Some(&self.o_proj)),
+            ("o_proj.weight", "o_proj.bias", &self.o_proj),
         ];
         for (weight, bias, projection) in projections {
-            let Some(projection) = projection else {
+            if self.form.encoder.keeps(weight) {
                 continue;
-            };
+            }
             list.push((
                 weight,
                 vec![projection.weight.rows(), projection.weight.cols()],
@@ -75,15 +75,11 @@ impl MlaTensors {
                 list.push((name, vec![m.rows(), m.cols()], m.data()));
             }
         }
-        for (name, vector) in [
-            ("q_norm.weight", self.q_norm.as_ref()),
-            ("k_norm.weight", self.k_norm.as_ref()),
-            ("rotary_inv_freq", Some(&self.rotary_inv_freq)),
-        ] {
-            if let Some(v) = vector {
-                list.push((name, vec![v.len()], v));
-            }
-        }
+        list.push((
+            "rotary_inv_freq",
+            vec![self.rotary_inv_freq.len()],
+            &self.rotary_inv_freq,
+        ));
         list
     }
 }
@@ -94,7 +90,7 @@ pub fn compose(weights: &LayerWeights, factors: &LayerFactors) -> Result<MlaTens
     factors.ranks.check(&weights.attention.shape)?;
     let shape = weights.attention.shape;
     let (d, r) = (shape.head_dim, factors.ranks.kv_lora_rank);
-    let encoder = weights.encoder();
+    let encoder = weights.encoder;
 
     let mut kv_b = Matrix::zeros(0, r);
     for h in 0..shape.query_heads {
@@ -137,12 +133,12 @@ pub fn compose(weights: &LayerWeights, factors: &LayerFactors) -> Result<MlaTens
             tensors.q_proj = hidden_queries(weights, factors);
             tensors.kv_a_proj_with_mqa = hidden_encoder(weights, factors);
         }
+        MlaEncoder::KeptQuery => {
+            tensors.kv_a_proj_with_mqa = hidden_encoder(weights, factors);
+            tensors.q_rope_proj = Some(rotary_queries(factors, d));
+        }
         MlaEncoder::NormedKey => {
-            let mut rows = Matrix::zeros(0, d);
-            for q_rope in &factors.q_rope {
-                rows = rows.stack(q_rope);
-            }
-            tensors.q_rope_proj = Some(rows.cast());
+            tensors.q_rope_proj = Some(rotary_queries(factors, d));
             tensors.k_proj = Some(weights.k.clone());
             tensors.v_proj = Some(weights.v.clone());
             tensors.q_norm.clone_from(&weights.q_norm);
@@ -174,6 +170,15 @@ fn hidden_queries(weights: &LayerWeights, factors: &LayerFactors) -> Projection 
         weight: Matrix::from_vec(shape.query_heads * rows, shape.hidden, data),
         bias,
     }
+}
+
+/// `[H*d_r, d]`.
+fn rotary_queries(factors: &LayerFactors, d: usize) -> Matrix<f32> {
+    let mut rows = Matrix::zeros(0, d);
+    for q_rope in &factors.q_rope {
+        rows = rows.stack(q_rope);
+    }
+    rows.cast()
 }
 
 /// `E [W_k ; W_v]` and `E [b_k ; b_v]`.

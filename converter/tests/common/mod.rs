@@ -10,6 +10,7 @@ use mlac_converter::{
     Attention, AttentionShape, LayerStatistics, LayerWeights, Matrix, MlaTensors, Projection,
     Rotary, StatisticsOptions, WindowActivations,
 };
+use mlac_model::MlaEncoder;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -28,6 +29,8 @@ pub struct Case {
     pub qk_norm: bool,
     pub attention_factor: f64,
     pub window: Option<usize>,
+    pub sinks: bool,
+    pub encoder: MlaEncoder,
 }
 
 impl Case {
@@ -41,6 +44,8 @@ impl Case {
             qk_norm: false,
             attention_factor: 1.0,
             window: None,
+            sinks: false,
+            encoder: MlaEncoder::Hidden,
         }
     }
 }
@@ -110,6 +115,15 @@ pub fn random_layer(case: Case, seed: u64) -> LayerWeights {
             },
             scale: (d as f64).powf(-0.5),
             sliding_window: case.window,
+            // Large ones of both signs: some heads give most of their probability away.
+            sinks: case
+                .sinks
+                .then(|| (0..heads).map(|h| 4.0 - 2.5 * h as f32).collect()),
+        },
+        encoder: if case.qk_norm {
+            MlaEncoder::NormedKey
+        } else {
+            case.encoder
         },
         q,
         k,
@@ -219,7 +233,10 @@ fn attend(
         for (h, scores) in scores.iter_mut().enumerate() {
             let row: Vec<f64> = (first..=t).map(|s| score(h, t, s)).collect();
             let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let total: f64 = row.iter().map(|x| (x - most).exp()).sum();
+            let sink = attention
+                .sink(h)
+                .map_or(0.0, |sink| (f64::from(sink) - most).exp());
+            let total = sink + row.iter().map(|x| (x - most).exp()).sum::<f64>();
             let mut out = vec![0.0; attention.shape.head_dim];
             for (i, x) in row.iter().enumerate() {
                 let p = (x - most).exp() / total;

@@ -3,7 +3,7 @@
 use mlac_model::Refusal;
 use serde::{Deserialize, Serialize};
 
-use super::session::{OrtSession, Port};
+use super::session::{Dim, OrtSession, Port};
 use super::tensor::{Element, HostTensor, Value};
 use crate::error::Result;
 
@@ -35,6 +35,9 @@ pub struct CacheLayout {
     /// What it caches.
     #[serde(flatten)]
     pub kind: CacheKind,
+    /// Most tokens it holds, those of its sliding window; `None`: all.
+    #[serde(default)]
+    pub window: Option<usize>,
 }
 
 impl CacheLayout {
@@ -49,6 +52,19 @@ impl CacheLayout {
             CacheKind::Latent { width } => width,
         }
     }
+
+    /// Tokens that the layer holds of a sequence of `context` tokens.
+    pub fn tokens(&self, context: usize) -> usize {
+        self.window.map_or(context, |window| window.min(context))
+    }
+}
+
+/// Numbers that `layers` hold of a sequence of `context` tokens.
+pub fn cached_numbers(layers: &[CacheLayout], context: usize) -> usize {
+    layers
+        .iter()
+        .map(|layer| layer.numbers_per_token() * layer.tokens(context))
+        .sum()
 }
 
 /// One cache tensor: an input of the graph, and the output that replaces it.
@@ -60,6 +76,8 @@ pub(super) struct CachePort {
     element: Element,
     /// Fixed sizes after the batch axis, without the past axis.
     sizes: Vec<usize>,
+    /// Most tokens held.
+    window: Option<usize>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +141,7 @@ pub(super) fn ports(session: &OrtSession) -> Result<Vec<CachePort>> {
             output,
             element: port.element,
             sizes: sizes(session, port, part)?,
+            window: port.dims[part.past_axis()].window(),
         });
     }
     if found.is_empty() {
@@ -173,11 +192,16 @@ impl CachePort {
         self.zeros(batch, 0)
     }
 
-    /// A cache of `tokens` tokens of zeros.
-    pub(super) fn zeros(&self, batch: usize, tokens: usize) -> Result<Value> {
+    /// Tokens held of a sequence of `context` tokens.
+    pub(super) fn held(&self, context: usize) -> usize {
+        self.window.map_or(context, |window| window.min(context))
+    }
+
+    /// The cache of a sequence of `context` tokens, of zeros.
+    pub(super) fn zeros(&self, batch: usize, context: usize) -> Result<Value> {
         let mut shape = vec![batch];
         shape.extend(&self.sizes);
-        shape.insert(self.part.past_axis(), tokens);
+        shape.insert(self.part.past_axis(), self.held(context));
         Value::new(HostTensor::zeros(self.element, shape))
     }
 
@@ -191,21 +215,21 @@ impl CachePort {
     }
 }
 
-/// The cache of every layer, in layer order, from a decoder's inputs: name and size of each axis,
-/// `None` where it varies. Other inputs are passed over.
-pub fn cache_layouts<'a>(
-    inputs: impl Iterator<Item = (&'a str, &'a [Option<usize>])>,
-) -> Vec<CacheLayout> {
+/// The cache of every layer, in layer order, from the names and axes of a decoder's inputs. Other
+/// inputs are passed over.
+pub fn cache_layouts<'a>(inputs: impl Iterator<Item = (&'a str, &'a [Dim])>) -> Vec<CacheLayout> {
     let mut layers: Vec<CacheLayout> = Vec::new();
     for (name, dims) in inputs {
         let Some((layer, part, _)) = parse(name) else {
             continue;
         };
-        let at = |axis: usize| dims.get(axis).copied().flatten().unwrap_or(0);
+        let at = |axis: usize| dims.get(axis).and_then(Dim::fixed).unwrap_or(0);
+        let window = dims.get(part.past_axis()).and_then(Dim::window);
         if part == Part::Latent {
             layers.push(CacheLayout {
                 layer,
                 kind: CacheKind::Latent { width: at(2) },
+                window,
             });
             continue;
         }
@@ -218,7 +242,11 @@ pub fn cache_layouts<'a>(
                     key_width: 0,
                     value_width: 0,
                 };
-                layers.push(CacheLayout { layer, kind });
+                layers.push(CacheLayout {
+                    layer,
+                    kind,
+                    window,
+                });
                 layers.len() - 1
             });
         if let CacheKind::KeyValue {

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use mlac_model::Refusal;
 
 use super::cache::{self, CacheLayout, CachePort};
-use super::session::{Dim, OrtSession, SessionOptions};
+use super::session::{OrtSession, SessionOptions};
 use super::tensor::{Element, HostTensor, Value};
 use crate::error::Result;
 
@@ -101,18 +101,8 @@ impl Decoder {
 
     /// What each layer caches, from the graph's inputs.
     pub fn layouts(&self) -> Vec<CacheLayout> {
-        let inputs: Vec<(&str, Vec<Option<usize>>)> = self
-            .decode
-            .inputs()
-            .iter()
-            .map(|port| {
-                (
-                    port.name.as_str(),
-                    port.dims.iter().map(Dim::fixed).collect(),
-                )
-            })
-            .collect();
-        cache::cache_layouts(inputs.iter().map(|(name, dims)| (*name, dims.as_slice())))
+        let inputs = self.decode.inputs().iter();
+        cache::cache_layouts(inputs.map(|port| (port.name.as_str(), port.dims.as_slice())))
     }
 
     /// Tokens in the cache.
@@ -155,8 +145,8 @@ impl Decoder {
         self.held.iter().map(Value::bytes).sum()
     }
 
-    /// Bytes of cache per token and sequence, measured from the tensors that the graph returned.
-    /// `None` before the first tokens.
+    /// Bytes of cache per token and sequence, measured from the tensors that the graph returned;
+    /// beyond a sliding window it falls with every token. `None` before the first tokens.
     pub fn cache_bytes_per_token(&self) -> Option<f64> {
         (self.past > 0).then(|| self.cache_bytes() as f64 / (self.past * self.batch) as f64)
     }
@@ -268,10 +258,10 @@ impl Decoder {
             .map(|port| take(&port.output))
             .collect::<Result<_>>()?;
         for (port, value) in self.caches.iter().zip(&next) {
-            if port.tokens(value) != total || value.shape().first() != Some(&batch) {
+            if port.tokens(value) != port.held(total) || value.shape().first() != Some(&batch) {
                 return Err(Refusal::new(
                     format!("{}: output {}", session.subject(), port.output),
-                    format!("{batch} sequences of {total} tokens"),
+                    format!("{batch} sequences of {} tokens", port.held(total)),
                     format!("shape {:?}", value.shape()),
                     "export the model with `mlac export`",
                 )

@@ -6,7 +6,7 @@ mod library;
 mod session;
 mod tensor;
 
-pub use cache::{CacheKind, CacheLayout, cache_layouts};
+pub use cache::{CacheKind, CacheLayout, cache_layouts, cached_numbers};
 pub use decoder::{Decoder, Logits};
 pub use library::{OrtLibrary, load, load_from};
 pub use session::{Dim, Optimization, OrtSession, Port, SessionOptions};

@@ -6,6 +6,7 @@ use mlac_model::Refusal;
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
 use ort::session::{Session, SessionInputValue};
 use ort::value::{Outlet, ValueType};
+use serde::Serialize;
 
 use super::library::{OrtLibrary, load};
 use super::tensor::{Element, Value};
@@ -71,8 +72,13 @@ impl SessionOptions {
     }
 }
 
+/// What the name of an axis begins with that holds the cached tokens of a sliding window; the
+/// window follows.
+const WINDOW_AXIS: &str = "past_w";
+
 /// Size of one axis of an input or output.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Dim {
     /// Always this size.
     Fixed(usize),
@@ -86,6 +92,14 @@ impl Dim {
         match self {
             Self::Fixed(size) => Some(*size),
             Self::Dynamic(_) => None,
+        }
+    }
+
+    /// The window, when the axis holds the cached tokens of a sliding window.
+    pub fn window(&self) -> Option<usize> {
+        match self {
+            Self::Fixed(_) => None,
+            Self::Dynamic(name) => name.strip_prefix(WINDOW_AXIS)?.parse().ok(),
         }
     }
 }

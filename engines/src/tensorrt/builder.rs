@@ -15,6 +15,7 @@ use super::scan;
 use super::sys;
 use super::target::Target;
 use crate::error::{EngineError, Result};
+use crate::ort::Dim;
 
 /// An input or output of the network.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -23,8 +24,8 @@ pub struct NetworkTensor {
     pub name: String,
     /// TensorRT's name of its element type, for example "f16".
     pub element: &'static str,
-    /// Size of each axis, outermost first; `None` varies.
-    pub dims: Vec<Option<usize>>,
+    /// Its axes, outermost first.
+    pub dims: Vec<Dim>,
 }
 
 /// Smallest, most usual and largest shape of one input.
@@ -212,15 +213,18 @@ impl Builder {
                     dtype: -1,
                     rank: 0,
                     dims: [0; 8],
+                    symbols: [std::ptr::null(); 8],
                 };
                 // SAFETY: a live build and a place for the answer.
                 let found = unsafe { (shim.tensor)(build, kind, index, &raw mut tensor) };
                 (found == 1).then(|| NetworkTensor {
                     name: text(tensor.name),
                     element: element(tensor.dtype),
-                    dims: tensor.dims[..tensor.rank.clamp(0, 8) as usize]
-                        .iter()
-                        .map(|size| usize::try_from(*size).ok())
+                    dims: (0..tensor.rank.clamp(0, 8) as usize)
+                        .map(|axis| match usize::try_from(tensor.dims[axis]) {
+                            Ok(size) => Dim::Fixed(size),
+                            Err(_) => Dim::Dynamic(text(tensor.symbols[axis])),
+                        })
                         .collect(),
                 })
             })
@@ -311,7 +315,7 @@ impl Builder {
                     && sizes
                         .iter()
                         .zip(&input.dims)
-                        .all(|(size, dim)| dim.is_none_or(|fixed| fixed == *size))
+                        .all(|(size, dim)| dim.fixed().is_none_or(|fixed| fixed == *size))
             }) && shapes
                 .min
                 .iter()

@@ -4,6 +4,7 @@ use mlac_model::Refusal;
 use serde::{Deserialize, Serialize};
 
 use super::builder::{InputShapes, NetworkTensor};
+use crate::ort::Dim;
 
 /// Smallest, most usual and largest size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -120,12 +121,12 @@ impl Profile {
             _ => &[],
         };
         let sizes = |pick: fn(&Range) -> usize| -> Option<Vec<usize>> {
-            let axis = |(axis, dim): (usize, &Option<usize>)| {
-                dim.or_else(|| {
+            let axis = |(axis, dim): (usize, &Dim)| {
+                dim.fixed().or_else(|| {
                     varying
                         .iter()
                         .find(|(varies, _)| *varies == axis)
-                        .map(|(_, range)| pick(range))
+                        .map(|(_, range)| dim.window().map_or(pick(range), |w| w.min(pick(range))))
                 })
             };
             input.dims.iter().enumerate().map(axis).collect()
@@ -156,11 +157,29 @@ mod tests {
     use super::*;
 
     fn input(name: &str, dims: &[Option<usize>]) -> NetworkTensor {
+        let dim = |size: &Option<usize>| match size {
+            Some(size) => Dim::Fixed(*size),
+            None => Dim::Dynamic("past".into()),
+        };
         NetworkTensor {
             name: name.into(),
             element: "f16",
-            dims: dims.to_vec(),
+            dims: dims.iter().map(dim).collect(),
         }
+    }
+
+    #[test]
+    fn a_window_bounds_its_own_axis() {
+        let mut input = input("past_key_values.0.key", &[None, Some(3), None, Some(64)]);
+        input.dims[2] = Dim::Dynamic("past_w48".into());
+        let profile = Profile {
+            batch: Range::new(1, 2, 4),
+            seq: Range::new(1, 8, 16),
+            past: Range::new(0, 32, 64),
+        };
+        let shapes = profile.shapes("file", &[input]).unwrap();
+        assert_eq!(shapes[0].opt, [2, 3, 32, 64]);
+        assert_eq!(shapes[0].max, [4, 3, 48, 64]);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_int, c_void};
 use libloading::Library;
 
 /// Version of the functions below; the shim must say the same.
-pub(super) const ABI: i32 = 1;
+pub(super) const ABI: i32 = 2;
 
 /// A network being built. Opaque.
 #[repr(C)]
@@ -33,6 +33,7 @@ pub(super) struct Tensor {
     pub(super) dtype: i32,
     pub(super) rank: i32,
     pub(super) dims: [i64; 8],
+    pub(super) symbols: [*const c_char; 8],
 }
 
 /// `MlacTrtParseError`

@@ -134,7 +134,7 @@ fn plan(args: &PlanArgs, context: Context) -> Result<bool, Error> {
     let config = checkpoint.config();
     let (layers, note) = request(&args.ranks, &checkpoint)?.plan(config)?;
     let cache = cache_plan(config, &layers, args.cache_bytes);
-    let numbers = cache_plan(config, &layers, 1).bytes_per_token();
+    let numbers = cache.numbers_per_token();
     let weights: u64 = checkpoint
         .tensors()
         .iter()
@@ -203,8 +203,8 @@ fn plan(args: &PlanArgs, context: Context) -> Result<bool, Error> {
     let output = PlanOutput {
         model: args.model.display().to_string(),
         layers: layers.iter().map(|l| (l.layer, l.ranks)).collect(),
-        gqa_numbers_per_token: numbers.0 as usize,
-        mla_numbers_per_token: numbers.1 as usize,
+        gqa_numbers_per_token: numbers.0,
+        mla_numbers_per_token: numbers.1,
         cache: rows,
         note,
     };

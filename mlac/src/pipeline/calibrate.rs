@@ -9,12 +9,13 @@ use mlac_converter::{
     MlaTensors, OutputRefit, Projection, Rotary, StatisticsOptions, WindowActivations, compose,
     convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
 };
-use mlac_engines::ort::{SessionOptions, Value};
+use mlac_engines::ort::SessionOptions;
 use mlac_graph::builders::{Tap, layer_graph, rest_of_layer_graph};
 use mlac_graph::onnx::{MemoryWeights, Overlay};
-use mlac_model::{Checkpoint, ModelConfig};
+use mlac_model::{Checkpoint, MlaEncoder, ModelConfig};
 
 use super::convert::{LayerPlan, Method};
+use super::store::Store;
 use super::streams::{GraphRunner, HiddenStates, numbers, taps};
 use crate::error::Error;
 
@@ -54,9 +55,17 @@ pub fn layer_weights(checkpoint: &Checkpoint, layer: usize) -> Result<LayerWeigh
         }
         Ok(Some(vector(&format!("self_attn.{name}.weight"), d)?))
     };
+    let sinks = config
+        .sinks
+        .then(|| vector("self_attn.sinks", config.num_attention_heads))
+        .transpose()?;
     Ok(LayerWeights {
         layer,
-        attention: attention(config, layer),
+        attention: Attention {
+            sinks,
+            ..attention(config, layer)
+        },
+        encoder: MlaEncoder::of(config.architecture),
         q: projection("q_proj", queries, hidden, config.qkv_bias)?,
         k: projection("k_proj", keys, hidden, config.qkv_bias)?,
         v: projection("v_proj", keys, hidden, config.qkv_bias)?,
@@ -67,7 +76,7 @@ pub fn layer_weights(checkpoint: &Checkpoint, layer: usize) -> Result<LayerWeigh
     })
 }
 
-/// How layer `layer` of the source attends.
+/// How layer `layer` of the source attends, apart from sinks.
 fn attention(config: &ModelConfig, layer: usize) -> Attention {
     let table = config.rope.table(config.head_dim);
     Attention {
@@ -78,6 +87,7 @@ fn attention(config: &ModelConfig, layer: usize) -> Attention {
         },
         scale: (config.head_dim as f64).powf(-0.5),
         sliding_window: config.sliding_window[layer],
+        sinks: None,
     }
 }
 
@@ -133,7 +143,7 @@ impl<'a> Walk<'a> {
         let targets = self.run_original(plan.layer)?;
         let stream = match self.stream.take() {
             Some(stream) => stream,
-            None => targets.input.clone(),
+            None => targets.input.copy()?,
         };
         let source = if self.sequential {
             &stream
@@ -155,8 +165,9 @@ impl<'a> Walk<'a> {
         let heads = self.run_converted(plan.layer, &in_memory(plan.layer, &tensors)?, &stream)?;
         if let Some(options) = method.refit() {
             let mut refit = OutputRefit::new(plan.layer, &weights.attention.shape);
-            for (heads, target) in heads.iter().zip(&targets.attention) {
-                refit.accumulate(stream.tokens, numbers(heads)?, numbers(target)?)?;
+            for i in 0..heads.len() {
+                let (heads, target) = (heads.get(i)?, targets.attention.get(i)?);
+                refit.accumulate(stream.tokens, numbers(&heads)?, numbers(&target)?)?;
             }
             let refitted = refit.solve(&weights.o, options)?;
             report.refit_error_before = Some(refitted.error_before);
@@ -186,12 +197,13 @@ impl<'a> Walk<'a> {
         let graph = layer_graph(self.checkpoint.config(), layer, &wanted)?;
         let subject = format!("layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, self.checkpoint, &self.options)?;
-        let input = self.original.clone();
-        let mut attention = Vec::with_capacity(input.windows.len());
+        let input = self.original.copy()?;
+        let shape = [1, input.tokens, self.converted.hidden_size];
+        let mut attention = Store::new(input.windows.len(), &shape)?;
         for i in 0..input.windows.len() {
-            let mut out = runner.run(&input.inputs(i))?;
-            attention.push(out.remove(1));
-            self.original.windows[i] = out.remove(0);
+            let mut out = input.run(&mut runner, i)?;
+            attention.push(out.remove(1))?;
+            self.original.windows.set(i, out.remove(0))?;
         }
         Ok(Targets { input, attention })
     }
@@ -214,7 +226,7 @@ impl<'a> Walk<'a> {
             self.statistics,
         )?;
         for i in 0..source.windows.len() {
-            let out = runner.run(&source.inputs(i))?;
+            let out = source.run(&mut runner, i)?;
             statistics.accumulate(&WindowActivations {
                 tokens: source.tokens,
                 q: numbers(&out[0])?,
@@ -231,14 +243,17 @@ impl<'a> Walk<'a> {
         layer: usize,
         tensors: &MemoryWeights,
         stream: &HiddenStates,
-    ) -> Result<Vec<Value>, Error> {
+    ) -> Result<Store, Error> {
         let graph = layer_graph(self.converted, layer, &taps(&[Tap::Heads]))?;
         let source = Overlay::new(tensors, self.checkpoint);
         let subject = format!("converted layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, &source, &self.options)?;
-        (0..stream.windows.len())
-            .map(|i| Ok(runner.run(&stream.inputs(i))?.remove(0)))
-            .collect()
+        let width = self.converted.num_attention_heads * self.converted.head_dim;
+        let mut heads = Store::new(stream.windows.len(), &[1, stream.tokens, width])?;
+        for i in 0..stream.windows.len() {
+            heads.push(stream.run(&mut runner, i)?.remove(0))?;
+        }
+        Ok(heads)
     }
 
     /// Output projection, residual and MLP of the converted layer.
@@ -247,15 +262,17 @@ impl<'a> Walk<'a> {
         layer: usize,
         tensors: &MemoryWeights,
         mut stream: HiddenStates,
-        heads: &[Value],
+        heads: &Store,
     ) -> Result<HiddenStates, Error> {
         let graph = rest_of_layer_graph(self.converted, layer)?;
         let source = Overlay::new(tensors, self.checkpoint);
         let subject = format!("rest of converted layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, &source, &self.options)?;
-        for (i, heads) in heads.iter().enumerate() {
-            let inputs = [("hidden", &stream.windows[i]), ("attn_heads", heads)];
-            stream.windows[i] = runner.run_for(Tap::HiddenOut.name(), &inputs)?;
+        for i in 0..heads.len() {
+            let (hidden, heads) = (stream.windows.get(i)?, heads.get(i)?);
+            let inputs = [("hidden", &hidden), ("attn_heads", &heads)];
+            let out = runner.run_for(Tap::HiddenOut.name(), &inputs)?;
+            stream.windows.set(i, out)?;
         }
         Ok(stream)
     }
@@ -264,7 +281,7 @@ impl<'a> Walk<'a> {
 /// What the original layer did.
 struct Targets {
     input: HiddenStates,
-    attention: Vec<Value>,
+    attention: Store,
 }
 
 /// Converts a layer from its weights alone.

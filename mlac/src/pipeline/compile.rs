@@ -9,13 +9,14 @@ use mlac_graph::builders::{GqaForm, Runtime};
 use mlac_graph::ir::DType;
 use mlac_model::Checkpoint;
 
-use super::convert::{ConvertRequest, Record, convert};
+use super::convert::{CARD, ConvertRequest, Record, convert, source_name};
 use super::export::{ExportOptions, export};
 use super::ranks::cache_plan;
 use super::subject::Subject;
 use super::{bench, build, evaluate, generate, verify};
 use crate::error::Error;
 use crate::progress::Progress;
+use crate::release::{Card, Quality};
 use crate::report::data::{
     CachePoint, DecodePoint, EngineRow, ParityRow, PerplexityRow, Report, StageTime,
 };
@@ -114,7 +115,8 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
     clock.lap("verify");
 
     let perplexity = measure_quality(request, progress)?;
-    if perplexity.is_some() {
+    if let Some(row) = &perplexity {
+        write_card(request, &converted, &record, row)?;
         clock.lap("evaluate");
     }
 
@@ -122,7 +124,7 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
     clock.lap("time decode steps");
 
     let mut subject = Subject::open(&at("onnx"), threads)?;
-    let emitted = subject.cache_numbers();
+    refuse_wrong_cache(request, &subject)?;
     let generation = generate::generate(&mut subject, request.prompt, GENERATED_TOKENS)?;
     clock.lap("generate");
 
@@ -132,7 +134,7 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
         source: request.source.display().to_string(),
         shape: shape_line(request),
         gqa_cache_numbers: record.gqa_cache_numbers,
-        mla_cache_numbers: emitted,
+        mla_cache_numbers: record.mla_cache_numbers,
         cache_dtype_bytes: 2,
         cache: cache_points(request),
         layers: record.layers.clone(),
@@ -146,23 +148,27 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
         times: clock.times,
         peak_memory: peak_memory(),
     };
-    refuse_wrong_cache(&record, emitted)?;
     write_report(request.staging, &report)?;
     Ok(report)
 }
 
-/// The emitted graph's cache must be what the plan said.
-fn refuse_wrong_cache(record: &Record, emitted: usize) -> Result<(), Error> {
-    if record.mla_cache_numbers == emitted {
-        return Ok(());
+/// The emitted graph's cache must be what the plan said, at every context.
+fn refuse_wrong_cache(request: &CompileRequest<'_>, emitted: &Subject) -> Result<(), Error> {
+    let convert = &request.convert;
+    let plan = cache_plan(convert.checkpoint.config(), &convert.layers, 1);
+    for context in CACHE_CONTEXTS {
+        let (planned, found) = (plan.mla_bytes(context), emitted.cache_numbers(context));
+        if planned != found {
+            return Err(mlac_model::Refusal::new(
+                format!("cache of the emitted graph at {context} tokens"),
+                format!("{planned} numbers, as planned"),
+                found.to_string(),
+                "report this as a defect of mlac",
+            )
+            .into());
+        }
     }
-    Err(mlac_model::Refusal::new(
-        "cache of the emitted graph",
-        format!("{} numbers a token, as planned", record.mla_cache_numbers),
-        emitted.to_string(),
-        "report this as a defect of mlac",
-    )
-    .into())
+    Ok(())
 }
 
 fn shape_line(request: &CompileRequest<'_>) -> String {
@@ -362,6 +368,31 @@ fn decode_command(request: &CompileRequest<'_>) -> String {
         request.output.join("onnx").display(),
         contexts.join(",")
     )
+}
+
+/// The checkpoint's model card once more, with the quality that was measured.
+fn write_card(
+    request: &CompileRequest<'_>,
+    converted: &Checkpoint,
+    record: &Record,
+    row: &PerplexityRow,
+) -> Result<(), Error> {
+    let quality = Quality {
+        text: Path::new(&row.text)
+            .file_name()
+            .map_or_else(String::new, |name| name.to_string_lossy().into_owned()),
+        windows: (row.windows, row.window),
+        original: row.original,
+        converted: row.converted,
+    };
+    let card = Card {
+        source: &source_name(request.convert.checkpoint),
+        config: converted.config(),
+        record,
+        quality: Some(&quality),
+    };
+    let path = request.staging.join("checkpoint").join(CARD);
+    std::fs::write(&path, card.markdown()).map_err(|e| Error::io(path, e))
 }
 
 fn write_report(folder: &Path, report: &Report) -> Result<(), Error> {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use mlac_converter::{RankChoice, Recipe, RefitOptions, StatisticsOptions, TransMla};
 use mlac_engines::ort::SessionOptions;
-use mlac_model::checkpoint::{CheckpointWriter, expected_tensors};
+use mlac_model::checkpoint::{CheckpointWriter, copy_tensors, expected_tensors};
 use mlac_model::config::mla_config_json;
 use mlac_model::tensor::{bytes_from_f32, check_finite, f32_from_bytes};
 use mlac_model::{
@@ -15,8 +15,10 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::calibrate::{ConvertedLayer, Walk, convert_from_weights, tensor_name};
+use super::ranks::cache_plan;
 use crate::error::Error;
 use crate::progress::Progress;
+use crate::release::{Card, remote_code};
 use crate::report::data::LayerRow;
 use crate::windows::Windows;
 
@@ -98,6 +100,13 @@ pub struct ConvertRequest<'a> {
     pub threads: usize,
 }
 
+impl ConvertRequest<'_> {
+    /// Whether output projections are fitted anew; without calibration there is nothing to fit to.
+    fn refits_output(&self) -> bool {
+        self.method.refit().is_some() && self.calibration != Calibration::Weights
+    }
+}
+
 /// `mlac.json`: what was done to which input.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub struct Record {
@@ -111,7 +120,7 @@ pub struct Record {
     pub recipe: serde_json::Value,
     /// Where statistics come from.
     pub calibration: CalibrationRecord,
-    /// Numbers cached per token of all layers, before.
+    /// Numbers that all layers cache of one token, inside every sliding window, before.
     pub gqa_cache_numbers: usize,
     /// And after.
     pub mla_cache_numbers: usize,
@@ -136,11 +145,7 @@ pub struct CalibrationRecord {
 
 /// The source's configuration with the MLA form of the planned layers.
 pub fn converted_config(source: &ModelConfig, layers: &[LayerPlan]) -> ModelConfig {
-    let encoder = if source.qk_norm {
-        MlaEncoder::NormedKey
-    } else {
-        MlaEncoder::Hidden
-    };
+    let encoder = MlaEncoder::of(source.architecture);
     let layers = layers
         .iter()
         .map(|plan| {
@@ -164,17 +169,6 @@ pub fn converted_config(source: &ModelConfig, layers: &[LayerPlan]) -> ModelConf
     }
 }
 
-/// Numbers cached per token by all layers of a model.
-pub fn cache_numbers(config: &ModelConfig) -> usize {
-    (0..config.num_hidden_layers)
-        .map(|i| {
-            config
-                .mla_layer(i)
-                .map_or(config.gqa_cache_width(), MlaLayer::cache_width)
-        })
-        .sum()
-}
-
 /// Converts and writes; returns what `mlac.json` says.
 pub fn convert(request: &ConvertRequest<'_>, progress: Progress) -> Result<Record, Error> {
     let checkpoint = request.checkpoint;
@@ -189,16 +183,17 @@ pub fn convert(request: &ConvertRequest<'_>, progress: Progress) -> Result<Recor
     )?;
 
     let rows = convert_layers(request, &config, windows.as_ref(), &writer, progress)?;
-    let digests = copy_rest(checkpoint, &config, &writer, progress)?;
+    let digests = copy_rest(request, &config, &writer, progress)?;
 
+    let numbers = cache_plan(source, &request.layers, 1).numbers_per_token();
     let record = Record {
         mlac: env!("CARGO_PKG_VERSION").to_owned(),
         source: digests,
         method: request.method.name().to_owned(),
         recipe: recipe_json(&request.method)?,
         calibration: calibration_record(request, windows.as_ref()),
-        gqa_cache_numbers: cache_numbers(source),
-        mla_cache_numbers: cache_numbers(&config),
+        gqa_cache_numbers: numbers.0,
+        mla_cache_numbers: numbers.1,
         layers: rows,
     };
     write_side_files(checkpoint, source, &config, &record, &writer)?;
@@ -267,7 +262,7 @@ fn tensor_plan(
     expected_tensors(config)
         .into_iter()
         .map(|(name, shape)| {
-            let dtype = if is_converted(config, &name) {
+            let dtype = if is_converted(request, config, &name) {
                 if name.ends_with("rotary_inv_freq") {
                     Dtype::F32
                 } else {
@@ -281,13 +276,22 @@ fn tensor_plan(
         .collect()
 }
 
-/// Whether a tensor belongs to the attention of a converted layer.
-fn is_converted(config: &ModelConfig, name: &str) -> bool {
-    name.strip_prefix("model.layers.")
+/// Whether a tensor belongs to the attention of a converted layer and is made anew there.
+fn is_converted(request: &ConvertRequest<'_>, config: &ModelConfig, name: &str) -> bool {
+    let Some((layer, tensor)) = name
+        .strip_prefix("model.layers.")
         .and_then(|rest| rest.split_once('.'))
-        .filter(|(_, rest)| rest.starts_with("self_attn."))
-        .and_then(|(layer, _)| layer.parse().ok())
-        .is_some_and(|layer| config.mla_layer(layer).is_some())
+    else {
+        return false;
+    };
+    let (Ok(layer), Some(tensor)) = (layer.parse(), tensor.strip_prefix("self_attn.")) else {
+        return false;
+    };
+    config.mla_layer(layer).is_some_and(|mla| {
+        let kept =
+            mla.encoder.keeps(tensor) || tensor.starts_with("o_proj.") && !request.refits_output();
+        !kept
+    })
 }
 
 fn convert_layers(
@@ -308,7 +312,7 @@ fn convert_layers(
     };
     let mut rows = Vec::new();
     let mut keep = |converted: ConvertedLayer, plan: &LayerPlan| -> Result<(), Error> {
-        write_layer(plan.layer, &converted, request.dtype, writer)?;
+        write_layer(request, config, plan.layer, &converted, writer)?;
         rows.push(layer_row(plan, converted));
         Ok(())
     };
@@ -357,13 +361,18 @@ fn convert_layers(
 }
 
 fn write_layer(
+    request: &ConvertRequest<'_>,
+    config: &ModelConfig,
     layer: usize,
     converted: &ConvertedLayer,
-    dtype: Dtype,
     writer: &CheckpointWriter,
 ) -> Result<(), Error> {
+    let dtype = request.dtype;
     for (name, shape, data) in converted.tensors.named() {
         let name = tensor_name(layer, name);
+        if !is_converted(request, config, &name) {
+            continue;
+        }
         check_finite(&format!("converted tensor {name}"), &shape, data)?;
         let dtype = if name.ends_with("rotary_inv_freq") {
             Dtype::F32
@@ -413,7 +422,7 @@ fn layer_row(plan: &LayerPlan, converted: ConvertedLayer) -> LayerRow {
 
 /// Copies every tensor that is not converted; returns the digests of all the source's tensors.
 fn copy_rest(
-    checkpoint: &Checkpoint,
+    request: &ConvertRequest<'_>,
     config: &ModelConfig,
     writer: &CheckpointWriter,
     progress: Progress,
@@ -421,23 +430,20 @@ fn copy_rest(
     let wanted: std::collections::HashSet<String> = expected_tensors(config)
         .into_iter()
         .map(|(name, _)| name)
-        .filter(|name| !is_converted(config, name))
+        .filter(|name| !is_converted(request, config, name))
         .collect();
-    let tensors = checkpoint.tensors();
-    let stage = progress.stage("copying other tensors", tensors.len() as u64);
-    let mut digests = BTreeMap::new();
-    for info in tensors {
-        stage.doing(&info.name);
-        let bytes = checkpoint.bytes(&info.name)?;
-        digests.insert(info.name.clone(), hex(&Sha256::digest(&bytes)));
-        if wanted.contains(&info.name) {
-            if let Some(numbers) = f32_from_bytes(info.dtype, &bytes) {
-                check_finite(&format!("tensor {}", info.name), &info.shape, &numbers)?;
-            }
-            writer.write(&info.name, &bytes)?;
-        }
-        stage.step();
-    }
+    let checkpoint = request.checkpoint;
+    let total = checkpoint.tensors().len() as u64;
+    let stage = progress.stage("copying other tensors", total);
+    let digests = copy_tensors(
+        checkpoint,
+        writer,
+        |name| wanted.contains(name),
+        |info| {
+            stage.doing(&info.name);
+            stage.step();
+        },
+    )?;
     Ok(digests)
 }
 
@@ -451,13 +457,55 @@ fn write_side_files(
     let Some(mla) = &config.mla else {
         return Ok(());
     };
-    let json = mla_config_json(checkpoint.raw_config(), source, mla);
+    let mut json = mla_config_json(checkpoint.raw_config(), source, mla);
+    if let Some(code) = remote_code(source.architecture) {
+        json["auto_map"] = code.auto_map;
+        // Converted tensors may have another type than the rest; without the key a loader with
+        // `dtype="auto"` would go by whichever it meets first.
+        if ["dtype", "torch_dtype"]
+            .iter()
+            .all(|key| json.get(*key).is_none())
+        {
+            let dtype = checkpoint.info("model.embed_tokens.weight")?.dtype;
+            json["dtype"] = torch_name(dtype).into();
+        }
+        for (name, content) in code.files {
+            writer.write_file(name, content.as_bytes())?;
+        }
+    }
     writer.write_file("config.json", pretty(&json)?.as_bytes())?;
     writer.write_file("mlac.json", pretty(record)?.as_bytes())?;
+    let card = Card {
+        source: &source_name(checkpoint),
+        config,
+        record,
+        quality: None,
+    };
+    writer.write_file(CARD, card.markdown().as_bytes())?;
     for (name, bytes) in checkpoint.side_contents()? {
         writer.write_file(&name, &bytes)?;
     }
     Ok(())
+}
+
+/// PyTorch's name of a weight's type.
+fn torch_name(dtype: Dtype) -> &'static str {
+    match dtype {
+        Dtype::BF16 => "bfloat16",
+        Dtype::F16 => "float16",
+        _ => "float32",
+    }
+}
+
+/// The model card's file name.
+pub const CARD: &str = "README.md";
+
+/// Last part of the path the source was opened with.
+pub fn source_name(checkpoint: &Checkpoint) -> String {
+    let path = checkpoint.path();
+    let path = path.canonicalize().unwrap_or_else(|_| path.to_path_buf());
+    path.file_name()
+        .map_or_else(String::new, |name| name.to_string_lossy().into_owned())
 }
 
 fn recipe_json(method: &Method) -> Result<serde_json::Value, Error> {

@@ -20,6 +20,10 @@ pub struct Generation {
     pub tokens_per_second: f64,
     /// Bytes of cache per token, measured from the tensors that the graph returned.
     pub cache_bytes_per_token: f64,
+    /// Tokens in the cache at the end.
+    pub cached_tokens: usize,
+    /// Bytes they take.
+    pub cache_bytes: usize,
 }
 
 /// Continues `prompt` by at most `max_tokens` of the most likely tokens; stops at an end token.
@@ -71,6 +75,8 @@ pub fn generate(
             added.len() as f64 / seconds
         },
         cache_bytes_per_token: decoder.cache_bytes_per_token().unwrap_or(0.0),
+        cached_tokens: decoder.past(),
+        cache_bytes: decoder.cache_bytes(),
     })
 }
 

@@ -10,6 +10,7 @@ pub mod export;
 pub mod generate;
 pub mod ranks;
 pub mod steps;
+pub mod store;
 pub mod streams;
 pub mod subject;
 pub mod verify;

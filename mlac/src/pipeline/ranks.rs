@@ -139,11 +139,9 @@ impl RankRequest {
     }
 }
 
-/// Cache of the emitted graphs: a sliding layer's cache holds the whole context, as the graphs do.
+/// Cache of the emitted graphs.
 pub fn cache_plan(config: &ModelConfig, layers: &[LayerPlan], element_bytes: u64) -> CachePlan {
-    let mut unlimited = config.clone();
-    unlimited.sliding_window = vec![None; config.num_hidden_layers];
-    CachePlan::new(&unlimited, element_bytes as usize, |layer| {
+    CachePlan::new(config, element_bytes as usize, |layer| {
         layers.iter().find(|p| p.layer == layer).map(|p| p.ranks)
     })
 }

@@ -1,32 +1,56 @@
 //! Hidden states of a set of token windows, carried through a model one layer at a time.
 //!
-//! Only one layer's weights are in memory. The states take `windows * tokens * hidden_size * 4` bytes.
+//! Only one layer's weights are in memory, or, where they are large, in mapped files. The states take
+//! `windows * tokens * hidden_size * 4` bytes, in memory or, where they are large, in a file
+//! ([`super::store`]).
 
 use mlac_engines::ort::{HostTensor, OrtSession, SessionOptions, Value};
 use mlac_graph::ValidGraph;
 use mlac_graph::builders::{LayerOptions, Tap, embed_graph, layer_graph};
 use mlac_graph::ir::DType;
-use mlac_graph::onnx::{WeightSource, to_bytes};
+use mlac_graph::ir::WeightRef;
+use mlac_graph::onnx::{WeightSource, to_bytes, write_folder};
 use mlac_model::{ModelConfig, Refusal};
+use tempfile::TempDir;
 
+use super::store::Store;
 use crate::error::Error;
 
-/// A graph loaded from memory for a few runs.
+/// Bytes of weights from which on a graph goes through a file: loading from memory holds every
+/// weight twice, and a protobuf message ends at 2 GiB.
+const LARGE: usize = 256 << 20;
+
+/// A graph loaded for a few runs.
 pub struct GraphRunner {
     session: OrtSession,
+    /// Where its weights lie mapped.
+    _folder: Option<TempDir>,
 }
 
 impl GraphRunner {
-    /// Writes `graph` with its weights into memory and opens it in ONNX Runtime.
+    /// Opens `graph` with its weights in ONNX Runtime.
     pub fn open(
         subject: &str,
         graph: &ValidGraph,
         weights: &dyn WeightSource,
         options: &SessionOptions,
     ) -> Result<Self, Error> {
-        let bytes = to_bytes(graph, weights)?;
-        let session = OrtSession::from_bytes(subject, &bytes, options)?;
-        Ok(Self { session })
+        let large = graph.graph().weights().map(stored_bytes).sum::<usize>() > LARGE;
+        if !large {
+            let bytes = to_bytes(graph, weights)?;
+            return Ok(Self {
+                session: OrtSession::from_bytes(subject, &bytes, options)?,
+                _folder: None,
+            });
+        }
+        let folder = tempfile::tempdir()
+            .map_err(|source| Error::io("a temporary folder of layer weights", source))?;
+        let graphs = [("layer.onnx", graph)];
+        write_folder(folder.path(), &graphs, "layer.data", weights, &mut |_| ())?;
+        Ok(Self {
+            session: OrtSession::open(&folder.path().join("layer.onnx"), options)?,
+            _folder: Some(folder),
+        })
     }
 
     /// Runs on those of the given inputs that the graph has; the outputs in the order they were asked
@@ -39,6 +63,11 @@ impl GraphRunner {
             .collect();
         Ok(self.session.run(&wanted)?)
     }
+}
+
+/// Bytes of a weight in a written graph.
+fn stored_bytes(weight: &WeightRef) -> usize {
+    weight.shape.iter().product::<usize>() * weight.dtype.size()
 }
 
 impl GraphRunner {
@@ -82,11 +111,10 @@ pub fn numbers(value: &Value) -> Result<&[f32], Error> {
     })
 }
 
-/// Hidden states of every window, `[1, tokens, hidden_size]` each, in the runtime's memory.
-#[derive(Clone)]
+/// Hidden states of every window, `[1, tokens, hidden_size]` each.
 pub struct HiddenStates {
     /// One tensor per window.
-    pub windows: Vec<Value>,
+    pub windows: Store,
     /// `position_ids` of a window, `[1, tokens]`.
     pub positions: Value,
     /// Tokens in a window.
@@ -104,12 +132,12 @@ impl HiddenStates {
         let tokens = windows.first().map_or(0, |w| w.len());
         let graph = embed_graph(config)?;
         let mut runner = GraphRunner::open("the embedding", &graph, weights, options)?;
-        let mut states = Vec::with_capacity(windows.len());
+        let mut states = Store::new(windows.len(), &[1, tokens, config.hidden_size])?;
         for window in windows {
             let ids: Vec<i64> = window.iter().map(|&t| i64::from(t)).collect();
             let ids = Value::new(HostTensor::i64([1, ids.len()], ids))?;
             let mut out = runner.run(&[("input_ids", &ids)])?;
-            states.push(out.remove(0));
+            states.push(out.remove(0))?;
         }
         let positions = Value::new(HostTensor::i64([1, tokens], (0..tokens as i64).collect()))?;
         Ok(Self {
@@ -119,12 +147,19 @@ impl HiddenStates {
         })
     }
 
-    /// Window `i` as the inputs of a layer graph.
-    pub fn inputs(&self, i: usize) -> [(&'static str, &Value); 2] {
-        [
-            ("hidden", &self.windows[i]),
-            ("position_ids", &self.positions),
-        ]
+    /// The same states in a place of their own.
+    pub fn copy(&self) -> Result<Self, Error> {
+        Ok(Self {
+            windows: self.windows.copy()?,
+            positions: self.positions.clone(),
+            tokens: self.tokens,
+        })
+    }
+
+    /// Runs a layer graph on window `i`.
+    pub fn run(&self, runner: &mut GraphRunner, i: usize) -> Result<Vec<Value>, Error> {
+        let hidden = self.windows.get(i)?;
+        runner.run(&[("hidden", &hidden), ("position_ids", &self.positions)])
     }
 
     /// Carries the states through layer `layer`.
@@ -139,8 +174,8 @@ impl HiddenStates {
         let subject = format!("layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, weights, options)?;
         for i in 0..self.windows.len() {
-            let mut out = runner.run(&self.inputs(i))?;
-            self.windows[i] = out.remove(0);
+            let mut out = self.run(&mut runner, i)?;
+            self.windows.set(i, out.remove(0))?;
         }
         Ok(())
     }
@@ -148,8 +183,9 @@ impl HiddenStates {
     /// `|self - reference|_F / |reference|_F`.
     pub fn relative_distance(&self, reference: &Self) -> Result<f64, Error> {
         let (mut difference, mut size) = (0.0_f64, 0.0_f64);
-        for (a, b) in self.windows.iter().zip(&reference.windows) {
-            for (x, y) in numbers(a)?.iter().zip(numbers(b)?) {
+        for i in 0..self.windows.len() {
+            let (a, b) = (self.windows.get(i)?, reference.windows.get(i)?);
+            for (x, y) in numbers(&a)?.iter().zip(numbers(&b)?) {
                 difference += f64::from(x - y).powi(2);
                 size += f64::from(*y).powi(2);
             }

@@ -2,7 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
-use mlac_engines::ort::{CacheLayout, Decoder, SessionOptions};
+use mlac_converter::CachePlan;
+use mlac_engines::ort::{Decoder, SessionOptions, cached_numbers};
 use mlac_model::tokenizer::Tokenizer;
 use mlac_model::{Checkpoint, ModelConfig, Refusal};
 
@@ -53,15 +54,14 @@ impl Subject {
         }
     }
 
-    /// Numbers cached per token by all layers: of an ONNX folder what its graph's inputs have.
-    pub fn cache_numbers(&self) -> usize {
+    /// Numbers cached of a sequence of `context` tokens: of an ONNX folder what its graph's inputs
+    /// hold.
+    pub fn cache_numbers(&self, context: usize) -> u64 {
         match self {
-            Self::Checkpoint(checkpoint) => super::convert::cache_numbers(checkpoint.config()),
-            Self::Onnx { decoder, .. } => decoder
-                .layouts()
-                .iter()
-                .map(CacheLayout::numbers_per_token)
-                .sum(),
+            Self::Checkpoint(checkpoint) => {
+                CachePlan::of(checkpoint.config(), 1).mla_bytes(context)
+            }
+            Self::Onnx { decoder, .. } => cached_numbers(&decoder.layouts(), context) as u64,
         }
     }
 
@@ -149,7 +149,8 @@ impl Head {
         window: usize,
         mut each: impl FnMut(usize, &[f32]) -> Result<(), Error>,
     ) -> Result<(), Error> {
-        let hidden = numbers(&states.windows[window])?;
+        let hidden = states.windows.get(window)?;
+        let hidden = numbers(&hidden)?;
         for (chunk, rows) in hidden.chunks(HEAD_CHUNK * self.hidden_size).enumerate() {
             let tokens = rows.len() / self.hidden_size;
             let input = super::streams::f32_value([1, tokens, self.hidden_size], rows.to_vec())?;

@@ -111,6 +111,22 @@ pub struct StageTime {
     pub seconds: f64,
 }
 
+/// The context at which a report sums up the cache in one figure.
+const HEADLINE_CONTEXT: usize = 1 << 15;
+
+impl Report {
+    /// The cache at the context that stands for all.
+    pub fn headline(&self) -> Option<&CachePoint> {
+        self.cache.iter().find(|p| p.context == HEADLINE_CONTEXT)
+    }
+
+    /// Share of the source's cache that is left there.
+    pub fn cache_share(&self) -> f64 {
+        self.headline()
+            .map_or(1.0, |p| p.mla_bytes as f64 / p.gqa_bytes.max(1) as f64)
+    }
+}
+
 /// Everything `mlac compile` found out.
 #[derive(Debug, Clone, Serialize)]
 pub struct Report {
@@ -122,13 +138,13 @@ pub struct Report {
     pub source: String,
     /// One line on the model's shape.
     pub shape: String,
-    /// Cached numbers per token of all layers in the source.
+    /// Numbers that all layers of the source cache of one token, inside every sliding window.
     pub gqa_cache_numbers: usize,
-    /// Cached numbers per token of all layers after conversion, as the emitted graph's outputs have them.
+    /// The same after conversion.
     pub mla_cache_numbers: usize,
     /// Bytes of one cached number in the tables below.
     pub cache_dtype_bytes: u64,
-    /// Cache by context.
+    /// Cache by context; the emitted graph's inputs hold as much at each of these.
     pub cache: Vec<CachePoint>,
     /// Converted layers.
     pub layers: Vec<LayerRow>,

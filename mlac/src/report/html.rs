@@ -12,19 +12,29 @@ td,th{border-bottom:1px solid #ddd;padding:.25em .8em;text-align:right}td:first-
 .grid{display:flex;flex-wrap:wrap;gap:1em}.big{font-size:1.3em}.bad{color:#b00020;font-weight:600}.good{color:#00704a;font-weight:600}\
 code,pre{background:#f4f4f4;padding:.1em .3em}pre{padding:.8em;overflow-x:auto;white-space:pre-wrap}svg{max-width:100%;height:auto}";
 
+/// The cache in one sentence.
+fn cache_line(report: &Report) -> String {
+    report.headline().map_or_else(String::new, |point| {
+        format!(
+            "Cache at {} tokens: {} instead of {} ({:.1} %).",
+            show_tokens(point.context),
+            show_bytes(point.mla_bytes),
+            show_bytes(point.gqa_bytes),
+            report.cache_share() * 100.0
+        )
+    })
+}
+
 /// The page.
 pub fn page(report: &Report) -> String {
     let mut out = String::new();
     let title = escape(&format!("mlac report: {}", report.source));
-    let share = report.mla_cache_numbers as f64 / report.gqa_cache_numbers.max(1) as f64;
     let _ = write!(
         out,
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style></head><body>\
-         <h1>{title}</h1><p>{}</p><p class=\"big\">Cache: {} numbers a token instead of {} ({:.1} %).",
+         <h1>{title}</h1><p>{}</p><p class=\"big\">{}",
         escape(&report.shape),
-        report.mla_cache_numbers,
-        report.gqa_cache_numbers,
-        share * 100.0
+        escape(&cache_line(report)),
     );
     match &report.perplexity {
         Some(p) => {
@@ -154,13 +164,7 @@ pub fn report_charts(report: &Report) -> Vec<Chart> {
             log_y: false,
             series: vec![
                 line("original", vec![(1.0, p.original)]),
-                line(
-                    "converted",
-                    vec![(
-                        report.mla_cache_numbers as f64 / report.gqa_cache_numbers.max(1) as f64,
-                        p.converted,
-                    )],
-                ),
+                line("converted", vec![(report.cache_share(), p.converted)]),
             ],
         });
     }

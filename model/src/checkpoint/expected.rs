@@ -2,7 +2,10 @@
 
 use std::collections::HashMap;
 
-use crate::{Dtype, Error, MlaEncoder, MlaLayer, ModelConfig, TensorInfo, tensor::shape_text};
+use crate::{
+    Dtype, Error, ExpertFormat, MlaEncoder, MlaLayer, ModelConfig, MoeConfig, TensorInfo,
+    mxfp4::BLOCK, tensor::shape_text,
+};
 
 /// Name and shape of every tensor that a model of this configuration has, in forward order.
 ///
@@ -24,6 +27,10 @@ pub fn expected_tensors(config: &ModelConfig) -> Vec<(String, Vec<usize>)> {
             None => gqa_attention(config, &mut add),
         }
         add("post_attention_layernorm.weight", vec![hidden]);
+        if let Some(moe) = &config.moe {
+            experts(config, moe, &mut add);
+            continue;
+        }
         for (name, out, inner) in [
             ("mlp.gate_proj", config.intermediate_size, hidden),
             ("mlp.up_proj", config.intermediate_size, hidden),
@@ -52,6 +59,47 @@ fn linear(
     }
 }
 
+/// Router and experts; the rows of `gate_up_proj` alternate between gate and up.
+fn experts(config: &ModelConfig, moe: &MoeConfig, add: &mut impl FnMut(&str, Vec<usize>)) {
+    let (hidden, inner, count) = (
+        config.hidden_size,
+        config.intermediate_size,
+        moe.num_experts,
+    );
+    linear("mlp.router", count, hidden, true, add);
+    for (name, out, input) in [
+        ("gate_up_proj", 2 * inner, hidden),
+        ("down_proj", hidden, inner),
+    ] {
+        let name = format!("mlp.experts.{name}");
+        match moe.format {
+            ExpertFormat::Mxfp4 => {
+                let blocks = input / BLOCK;
+                add(
+                    &format!("{name}{BLOCKS}"),
+                    vec![count, out, blocks, BLOCK / 2],
+                );
+                add(&format!("{name}{SCALES}"), vec![count, out, blocks]);
+            }
+            ExpertFormat::Dense => add(&name, vec![count, input, out]),
+        }
+        add(&format!("{name}_bias"), vec![count, out]);
+    }
+}
+
+/// What the names of MXFP4 tensors end with.
+const BLOCKS: &str = "_blocks";
+const SCALES: &str = "_scales";
+
+/// Whether a tensor of this name holds bytes of MXFP4 and not numbers.
+fn is_packed(config: &ModelConfig, name: &str) -> bool {
+    config
+        .moe
+        .is_some_and(|moe| moe.format == ExpertFormat::Mxfp4)
+        && name.contains(".mlp.experts.")
+        && (name.ends_with(BLOCKS) || name.ends_with(SCALES))
+}
+
 fn gqa_attention(config: &ModelConfig, add: &mut impl FnMut(&str, Vec<usize>)) {
     let (hidden, d) = (config.hidden_size, config.head_dim);
     let (queries, keys) = (
@@ -66,6 +114,13 @@ fn gqa_attention(config: &ModelConfig, add: &mut impl FnMut(&str, Vec<usize>)) {
         add("self_attn.k_norm.weight", vec![d]);
     }
     linear("self_attn.o_proj", hidden, queries, config.o_bias, add);
+    sinks(config, add);
+}
+
+fn sinks(config: &ModelConfig, add: &mut impl FnMut(&str, Vec<usize>)) {
+    if config.sinks {
+        add("self_attn.sinks", vec![config.num_attention_heads]);
+    }
 }
 
 fn mla_attention(config: &ModelConfig, mla: &MlaLayer, add: &mut impl FnMut(&str, Vec<usize>)) {
@@ -86,6 +141,20 @@ fn mla_attention(config: &ModelConfig, mla: &MlaLayer, add: &mut impl FnMut(&str
                 hidden,
                 config.qkv_bias,
                 add,
+            );
+        }
+        MlaEncoder::KeptQuery => {
+            linear("self_attn.q_proj", heads * d, hidden, config.qkv_bias, add);
+            linear(
+                "self_attn.kv_a_proj_with_mqa",
+                mla.cache_width(),
+                hidden,
+                config.qkv_bias,
+                add,
+            );
+            add(
+                "self_attn.q_rope_proj.weight",
+                vec![heads * mla.qk_rope_head_dim, d],
             );
         }
         MlaEncoder::NormedKey => {
@@ -115,6 +184,7 @@ fn mla_attention(config: &ModelConfig, mla: &MlaLayer, add: &mut impl FnMut(&str
         add,
     );
     add("self_attn.rotary_inv_freq", vec![mla.qk_rope_head_dim / 2]);
+    sinks(config, add);
 }
 
 /// Refuses a checkpoint that lacks a tensor, has one of another shape or dtype, or has one that a
@@ -148,7 +218,16 @@ pub(super) fn check(
                 "check that config.json belongs to these weights",
             ));
         }
-        if !info.dtype.is_weight() {
+        if is_packed(config, &name) {
+            if info.dtype != Dtype::U8 {
+                return Err(Error::refusal(
+                    subject(),
+                    format!("dtype {}, as MXFP4 is stored", Dtype::U8),
+                    format!("dtype {}", info.dtype),
+                    "use the checkpoint as its publisher has it",
+                ));
+            }
+        } else if !info.dtype.is_weight() {
             return Err(Error::refusal(
                 subject(),
                 format!("dtype {}, {} or {}", Dtype::F32, Dtype::F16, Dtype::BF16),

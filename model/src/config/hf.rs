@@ -1,8 +1,8 @@
 //! `config.json` as transformers writes it, version 4 and version 5.
 //!
 //! Defaults: transformers leaves keys out of the file when they equal the default of its class, so
-//! the defaults of `LlamaConfig`, `MistralConfig`, `Qwen2Config` and `Qwen3Config` (transformers
-//! 5.23) belong to the format. They are applied here, each with a comment, and only to the keys
+//! the defaults of `LlamaConfig`, `MistralConfig`, `Qwen2Config`, `Qwen3Config` and `GptOssConfig`
+//! (transformers 5.23) belong to the format. They are applied here, each with a comment, and only to the keys
 //! that published files do leave out; any other missing key is refused.
 
 use serde_json::Value;
@@ -10,9 +10,9 @@ use serde_json::Value;
 use super::{
     Architecture, ModelConfig,
     fields::{Fields, short},
-    mla, rope,
+    mla, moe, rope,
 };
-use crate::Refusal;
+use crate::{Refusal, RopeSpec};
 
 /// Keys that change what the model computes and that mlac does not implement.
 const UNSUPPORTED_KEYS: [&str; 10] = [
@@ -40,7 +40,7 @@ impl ModelConfig {
     pub fn from_json(raw: &Value, file: &str) -> Result<Self, Refusal> {
         let fields = Fields::new(raw, file, "")?;
         let (architecture, is_mla) = model_type(&fields)?;
-        refuse_unsupported(&fields)?;
+        refuse_unsupported(&fields, architecture)?;
 
         let hidden_size = fields.size_to("hidden_size", WIDEST)?;
         let num_hidden_layers = fields.size_to("num_hidden_layers", MOST_LAYERS)?;
@@ -77,22 +77,44 @@ impl ModelConfig {
             vocab_size: fields.size("vocab_size")?,
             max_position_embeddings,
             rms_norm_eps: fields.positive("rms_norm_eps")?,
-            rope: rope::read(&fields, file, max_position_embeddings)?,
+            rope: read_rope(&fields, file, architecture, max_position_embeddings)?,
             // False is the default of all four classes.
             tie_word_embeddings: fields.opt_bool("tie_word_embeddings")?.unwrap_or(false),
             qkv_bias,
             o_bias,
             mlp_bias,
             qk_norm: architecture == Architecture::Qwen3,
+            sinks: architecture == Architecture::GptOss,
+            moe: moe::read(&fields, architecture)?,
             sliding_window: sliding_window(&fields, architecture, num_hidden_layers)?,
             eos_token_ids: eos_token_ids(&fields, architecture)?,
             mla: None,
         };
+        moe::check_blocks(&fields, &config)?;
         if is_mla {
             config.mla = Some(mla::read(&fields, &config)?);
         }
         Ok(config)
     }
+}
+
+/// The rotary embedding. GPT-OSS has a base of its own, so a file that lost it is refused.
+fn read_rope(
+    fields: &Fields<'_>,
+    file: &str,
+    architecture: Architecture,
+    max_position_embeddings: usize,
+) -> Result<RopeSpec, Refusal> {
+    let inside = |object: &str| {
+        fields
+            .get(object)
+            .is_some_and(|o| o.get("rope_theta").is_some())
+    };
+    let has = fields.has("rope_theta") || inside("rope_parameters") || inside("rope_scaling");
+    if architecture == Architecture::GptOss && !has {
+        return Err(fields.missing("rope_theta", "a number above 0"));
+    }
+    rope::read(fields, file, max_position_embeddings)
 }
 
 /// The family, and whether the model has MLA layers.
@@ -117,14 +139,17 @@ fn model_type(fields: &Fields<'_>) -> Result<(Architecture, bool), Refusal> {
         })
 }
 
-fn refuse_unsupported(fields: &Fields<'_>) -> Result<(), Refusal> {
+fn refuse_unsupported(fields: &Fields<'_>, architecture: Architecture) -> Result<(), Refusal> {
     for key in UNSUPPORTED_KEYS {
+        if architecture == Architecture::GptOss && moe::KEYS.contains(&key) {
+            continue;
+        }
         if let Some(value) = fields.get(key) {
             return Err(fields.refuse(
                 key,
                 "no such key: mlac does not implement what it asks for",
                 short(value),
-                "use a dense checkpoint with f32, f16 or bf16 weights",
+                "use a dense checkpoint with f32, f16 or bf16 weights, or GPT-OSS",
             ));
         }
     }
@@ -183,6 +208,11 @@ fn biases(fields: &Fields<'_>, architecture: Architecture) -> Result<(bool, bool
         Architecture::Qwen3 => (attention, attention, false),
         Architecture::Mistral => (false, false, false),
         Architecture::Qwen2 => (true, false, false),
+        // True is the default of GptOssConfig.
+        Architecture::GptOss => {
+            let attention = fields.opt_bool("attention_bias")?.unwrap_or(true);
+            (attention, attention, false)
+        }
     })
 }
 
@@ -199,6 +229,8 @@ fn sliding_window(
             return Err(fields.missing("sliding_window", "a whole number or null"));
         }
         Architecture::Mistral => fields.opt_size("sliding_window")?,
+        // GptOssConfig's default, 128, would change the model silently if a file lost the key.
+        Architecture::GptOss => Some(fields.size("sliding_window")?),
         Architecture::Qwen2 | Architecture::Qwen3 => {
             // False is the default of both classes.
             if fields.opt_bool("use_sliding_window")?.unwrap_or(false) {
@@ -229,7 +261,7 @@ fn sliding_window(
                 )),
             _ => Ok(vec![window; layers]),
         },
-        Architecture::Qwen2 | Architecture::Qwen3 => {
+        Architecture::Qwen2 | Architecture::Qwen3 | Architecture::GptOss => {
             let types = match (types, window) {
                 (Some(types), None) if types.contains(&true) => {
                     return Err(fields.refuse(
@@ -240,6 +272,10 @@ fn sliding_window(
                     ));
                 }
                 (Some(types), _) => types,
+                // GptOssConfig alternates, beginning with a window.
+                (None, Some(_)) if architecture == Architecture::GptOss => {
+                    (0..layers).map(|layer| layer % 2 == 0).collect()
+                }
                 (None, None) => vec![false; layers],
                 (None, Some(_)) => {
                     let first = match fields.get("max_window_layers") {
@@ -296,7 +332,7 @@ fn eos_token_ids(fields: &Fields<'_>, architecture: Architecture) -> Result<Vec<
         return Ok(match architecture {
             // The default of LlamaConfig and MistralConfig, left out by files that agree with it.
             Architecture::Llama | Architecture::Mistral => vec![2],
-            Architecture::Qwen2 | Architecture::Qwen3 => Vec::new(),
+            Architecture::Qwen2 | Architecture::Qwen3 | Architecture::GptOss => Vec::new(),
         });
     }
     match fields.get("eos_token_id") {

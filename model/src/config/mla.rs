@@ -20,6 +20,19 @@ impl MlaEncoder {
         match self {
             Self::Hidden => "hidden",
             Self::NormedKey => "normed_key",
+            Self::KeptQuery => "kept_query",
+        }
+    }
+
+    /// Whether a tensor below `self_attn.` of a converted layer is the source's own, byte for byte.
+    pub fn keeps(self, tensor: &str) -> bool {
+        let module = tensor.split_once('.').map_or(tensor, |(module, _)| module);
+        match self {
+            Self::Hidden => module == "sinks",
+            Self::KeptQuery => ["sinks", "q_proj"].contains(&module),
+            Self::NormedKey => {
+                ["sinks", "q_proj", "q_norm", "k_proj", "k_norm", "v_proj"].contains(&module)
+            }
         }
     }
 
@@ -28,6 +41,7 @@ impl MlaEncoder {
         match architecture {
             Architecture::Llama | Architecture::Mistral | Architecture::Qwen2 => Self::Hidden,
             Architecture::Qwen3 => Self::NormedKey,
+            Architecture::GptOss => Self::KeptQuery,
         }
     }
 }
@@ -93,7 +107,12 @@ pub(super) fn read(fields: &Fields<'_>, config: &ModelConfig) -> Result<MlaConfi
                 "convert the model again",
             ));
         }
-        None => return Err(fields.missing("mla_encoder", "\"hidden\" or \"normed_key\"")),
+        None => {
+            return Err(fields.missing(
+                "mla_encoder",
+                "\"hidden\", \"normed_key\" or \"kept_query\"",
+            ));
+        }
     }
     let count = layers.len();
     let ranks = fields.sizes("kv_lora_rank", count)?;
@@ -191,7 +210,7 @@ fn check(
     }
     let nope = layer.qk_nope_head_dim;
     match layer.encoder {
-        MlaEncoder::NormedKey if nope != config.head_dim => {
+        MlaEncoder::NormedKey | MlaEncoder::KeptQuery if nope != config.head_dim => {
             return refuse(
                 "qk_nope_head_dim",
                 format!("head_dim = {}", config.head_dim),

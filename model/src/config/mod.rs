@@ -3,6 +3,7 @@
 mod fields;
 mod hf;
 mod mla;
+mod moe;
 mod rope;
 #[cfg(test)]
 mod tests;
@@ -25,11 +26,19 @@ pub enum Architecture {
     Qwen2,
     /// `model_type` "qwen3": per-head RMS norm on q and k before `RoPE`.
     Qwen3,
+    /// `model_type` "`gpt_oss`": biases, attention sinks, alternating windows, experts.
+    GptOss,
 }
 
 impl Architecture {
     /// Every family.
-    pub const ALL: [Self; 4] = [Self::Llama, Self::Mistral, Self::Qwen2, Self::Qwen3];
+    pub const ALL: [Self; 5] = [
+        Self::Llama,
+        Self::Mistral,
+        Self::Qwen2,
+        Self::Qwen3,
+        Self::GptOss,
+    ];
 
     /// The value of the key `model_type` in `config.json`.
     pub fn model_type(self) -> &'static str {
@@ -38,6 +47,7 @@ impl Architecture {
             Self::Mistral => "mistral",
             Self::Qwen2 => "qwen2",
             Self::Qwen3 => "qwen3",
+            Self::GptOss => "gpt_oss",
         }
     }
 
@@ -55,6 +65,7 @@ impl Architecture {
             Self::Mistral => "Mistral",
             Self::Qwen2 => "Qwen2",
             Self::Qwen3 => "Qwen3",
+            Self::GptOss => "GptOss",
         }
     }
 }
@@ -70,7 +81,7 @@ pub struct ModelConfig {
     pub architecture: Architecture,
     /// Width of the residual stream.
     pub hidden_size: usize,
-    /// Width of the gated MLP.
+    /// Width of the gated MLP; of one expert's where there are experts.
     pub intermediate_size: usize,
     /// Decoder layers.
     pub num_hidden_layers: usize,
@@ -98,12 +109,46 @@ pub struct ModelConfig {
     pub mlp_bias: bool,
     /// Whether q and k pass a per-head RMS norm before `RoPE` (Qwen3).
     pub qk_norm: bool,
+    /// Whether every query head has a sink: a learned logit that joins the scores in the softmax
+    /// and takes its share of the probability nowhere (`self_attn.sinks` `[H]`).
+    pub sinks: bool,
+    /// The experts of every layer; `None`: one dense MLP.
+    pub moe: Option<MoeConfig>,
     /// For each layer the number of positions a query sees, itself included; `None`: all.
     pub sliding_window: Vec<Option<usize>>,
     /// Tokens that end a generation.
     pub eos_token_ids: Vec<u32>,
     /// The layers that have MLA form, if any.
     pub mla: Option<MlaConfig>,
+}
+
+/// A mixture of experts in place of the MLP (GPT-OSS).
+///
+/// The router's `experts_per_token` largest logits choose, a softmax over these weighs. One expert
+/// computes `down((up + 1) * gate * sigmoid(alpha * gate))` of `gate` cut at `swiglu_limit` from
+/// above and `up` from both sides; gate and up rows alternate in one projection.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct MoeConfig {
+    /// Experts of a layer, E.
+    pub num_experts: usize,
+    /// Experts that a token uses, K.
+    pub experts_per_token: usize,
+    /// Limit of gate and up.
+    pub swiglu_limit: f64,
+    /// Steepness of the gate's sigmoid.
+    pub swiglu_alpha: f64,
+    /// How the experts' matrices are stored.
+    pub format: ExpertFormat,
+}
+
+/// How the experts' matrices are stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ExpertFormat {
+    /// `*_blocks` U8 `[E, out, in / 32, 16]` and `*_scales` U8 `[E, out, in / 32]`, see
+    /// [`crate::mxfp4`].
+    Mxfp4,
+    /// Floats `[E, in, out]`.
+    Dense,
 }
 
 /// The MLA form of a converted model.
@@ -148,6 +193,11 @@ pub enum MlaEncoder {
     /// `[normed keys ; values]`: `[r + d_r, 2 * G * head_dim]`; `q_proj` and `q_norm` stay and
     /// `q_rope_proj` `[H * d_r, head_dim]` takes each normed query head to its rotary part.
     NormedKey,
+    /// GPT-OSS: `kv_a_proj_with_mqa` takes the hidden state, `[r + d_r, hidden_size]`; `q_proj`
+    /// stays as it is, a query head is its own `q_nope`, and `q_rope_proj` `[H * d_r, head_dim]`
+    /// takes it (after its bias) to its rotary part. The function is that of [`Self::Hidden`] with
+    /// `d_r / head_dim` times fewer numbers in the queries' projection.
+    KeptQuery,
 }
 
 impl ModelConfig {

@@ -25,6 +25,33 @@ fn base(model_type: &str) -> Value {
     match model_type {
         "mistral" => json["sliding_window"] = Value::Null,
         "qwen3" => json["head_dim"] = json!(16),
+        "gpt_oss" => {
+            let keys = json!({
+                "hidden_size": 64,
+                "intermediate_size": 96,
+                "head_dim": 16,
+                "num_local_experts": 8,
+                "num_experts_per_tok": 4,
+                "experts_per_token": 4,
+                "swiglu_limit": 7.0,
+                "attention_bias": true,
+                "tie_word_embeddings": false,
+                "sliding_window": 128,
+                "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"],
+                "rope_theta": 150_000,
+                "rope_scaling": {
+                    "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0,
+                    "original_max_position_embeddings": 4096, "truncate": false,
+                },
+                "quantization_config": {
+                    "quant_method": "mxfp4",
+                    "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"],
+                },
+            });
+            for (key, value) in keys.as_object().unwrap() {
+                json[key] = value.clone();
+            }
+        }
         _ => {}
     }
     json
@@ -71,6 +98,8 @@ fn llama_is_read_whole() {
         o_bias: false,
         mlp_bias: false,
         qk_norm: false,
+        sinks: false,
+        moe: None,
         sliding_window: vec![None; 4],
         eos_token_ids: vec![7],
         mla: None,
@@ -331,6 +360,104 @@ fn mla_of(config: &ModelConfig, rotary: [usize; 2]) -> MlaConfig {
         attention_scale: (config.head_dim as f64).powf(-0.5),
         o_bias: true,
     }
+}
+
+#[test]
+fn gpt_oss_is_read_whole() {
+    let config = parse(&base("gpt_oss")).unwrap();
+    assert_eq!(
+        config.moe,
+        Some(MoeConfig {
+            num_experts: 8,
+            experts_per_token: 4,
+            swiglu_limit: 7.0,
+            swiglu_alpha: 1.702,
+            format: ExpertFormat::Mxfp4,
+        })
+    );
+    assert!(config.sinks && config.qkv_bias && config.o_bias && !config.mlp_bias);
+    assert_eq!(
+        config.sliding_window,
+        [Some(128), None, Some(128), None],
+        "windows alternate"
+    );
+    let RopeScaling::Yarn { truncate, .. } = config.rope.scaling else {
+        panic!("no YaRN in {:?}", config.rope);
+    };
+    assert!(!truncate);
+    let table = config.rope.table(config.head_dim);
+    let expected = 0.1 * 32.0_f64.ln() + 1.0;
+    assert!((table.attention_factor - expected).abs() < 1e-12);
+
+    assert_eq!(parse(&without("gpt_oss", "layer_types")).unwrap(), config);
+
+    let mut dense = base("gpt_oss");
+    dense.as_object_mut().unwrap().remove("quantization_config");
+    let dense = parse(&dense).unwrap();
+    assert_eq!(dense.moe.unwrap().format, ExpertFormat::Dense);
+    let shape = |config: &ModelConfig, name: &str| {
+        let name = format!("model.layers.3.{name}");
+        expected_tensors(config)
+            .into_iter()
+            .find(|(n, _)| *n == name)
+            .unwrap_or_else(|| panic!("no {name}"))
+            .1
+    };
+    let experts = "mlp.experts";
+    for (config, name, expected) in [
+        (&config, "gate_up_proj_blocks", vec![8, 192, 2, 16]),
+        (&config, "gate_up_proj_scales", vec![8, 192, 2]),
+        (&config, "gate_up_proj_bias", vec![8, 192]),
+        (&config, "down_proj_blocks", vec![8, 64, 3, 16]),
+        (&config, "down_proj_scales", vec![8, 64, 3]),
+        (&config, "down_proj_bias", vec![8, 64]),
+        (&dense, "gate_up_proj", vec![8, 64, 192]),
+        (&dense, "down_proj", vec![8, 96, 64]),
+        (&dense, "down_proj_bias", vec![8, 64]),
+    ] {
+        assert_eq!(
+            shape(config, &format!("{experts}.{name}")),
+            expected,
+            "{name}"
+        );
+    }
+    assert_eq!(shape(&config, "self_attn.sinks"), [6]);
+    assert_eq!(shape(&config, "mlp.router.weight"), [8, 64]);
+}
+
+#[test]
+fn gpt_oss_refusals() {
+    let refused = |key: &str, json: &Value| {
+        let refusal = parse(json).unwrap_err();
+        assert!(refusal.subject.contains(key), "{refusal}");
+    };
+    for key in ["num_local_experts", "sliding_window", "rope_theta"] {
+        refused(key, &without("gpt_oss", key));
+    }
+    let mut json = base("gpt_oss");
+    for key in ["num_experts_per_tok", "experts_per_token"] {
+        json.as_object_mut().unwrap().remove(key);
+    }
+    refused("num_experts_per_tok", &json);
+    for (key, changes) in [
+        ("experts_per_token", json!({ "experts_per_token": 3 })),
+        (
+            "num_experts_per_tok",
+            json!({ "experts_per_token": 9, "num_experts_per_tok": 9 }),
+        ),
+        ("swiglu_limit", json!({ "swiglu_limit": -1.0 })),
+        ("swiglu_alpha", json!({ "swiglu_alpha": 0 })),
+        ("intermediate_size", json!({ "intermediate_size": 80 })),
+        (
+            "quantization_config",
+            json!({ "quantization_config": { "quant_method": "gptq" } }),
+        ),
+        ("layer_types", json!({ "layer_types": ["full_attention"] })),
+    ] {
+        refused(key, &with("gpt_oss", &changes));
+    }
+    let others = json!({ "quantization_config": { "quant_method": "mxfp4" } });
+    refused("quantization_config", &with("llama", &others));
 }
 
 #[test]
