@@ -246,12 +246,13 @@ impl GraphBuilder {
     ) -> Result<[ValueId; N], NodeError> {
         let mut body = Self::new(name);
         let iteration = body.input("iteration", DType::I64, vec![]);
-        let go_on = body.input("condition", DType::Bool, vec![]);
+        body.input("condition", DType::Bool, vec![]);
         let mut inside = |id: ValueId, followed: bool| {
             let value = self.graph.value(id);
             let inner = body.input(&value.name, value.ty.dtype, value.ty.shape.clone());
             if followed {
-                body.graph.values[inner.0 as usize].content = value.content.clone();
+                let followed = &mut body.graph.values[inner.0 as usize].content;
+                followed.clone_from(&value.content);
             }
             inner
         };
@@ -261,6 +262,8 @@ impl GraphBuilder {
             captured: captured.map(|id| inside(id, true)),
         };
         let results = build(&mut body, run)?;
+        // Not the condition of the run before: TensorRT has none when the loop is given none.
+        let go_on = body.constant(InlineTensor::bool(true));
         let go_on = body.node("go_on", Op::Identity, &[go_on])?;
         body.graph.outputs.push(go_on);
         body.graph.outputs.extend(results);

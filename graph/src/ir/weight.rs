@@ -45,6 +45,15 @@ impl InlineTensor {
         }
     }
 
+    /// A scalar of [`DType::Bool`].
+    pub fn bool(value: bool) -> Self {
+        Self {
+            dtype: DType::Bool,
+            shape: vec![],
+            bytes: vec![u8::from(value)],
+        }
+    }
+
     /// A tensor of `dtype`, which must be floating point, rounded from f32.
     pub fn float(dtype: DType, shape: &[usize], values: &[f32]) -> Self {
         let bytes = match dtype {

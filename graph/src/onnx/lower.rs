@@ -36,13 +36,19 @@ pub(super) fn model<E>(
         version: Some(if domain.is_empty() { OPSET } else { 1 }),
     };
     let others = domains.into_iter().filter(|d| !d.is_empty());
-    let names = graph.values().map(|(_, v)| v.name.clone()).collect();
+    let names: Vec<String> = graph.values().map(|(_, v)| v.name.clone()).collect();
     Ok(ModelProto {
         ir_version: Some(IR_VERSION),
         opset_import: std::iter::once("").chain(others).map(opset).collect(),
         producer_name: Some("mlac".to_owned()),
         producer_version: Some(env!("CARGO_PKG_VERSION").to_owned()),
-        graph: Some(message(graph, graph.inputs().len(), names, "", &mut store)?),
+        graph: Some(message(
+            graph,
+            graph.inputs().len(),
+            &names,
+            "",
+            &mut store,
+        )?),
         ..ModelProto::default()
     })
 }
@@ -52,7 +58,7 @@ pub(super) fn model<E>(
 fn message<E>(
     graph: &Graph,
     inputs: usize,
-    names: Vec<String>,
+    names: &[String],
     prefix: &str,
     store: &mut Store<'_, E>,
 ) -> Result<GraphProto, E> {
@@ -127,7 +133,7 @@ fn loop_body<E>(
             names[inner.0 as usize] = outside(outer);
         }
     }
-    message(body, declared, names, &prefix, store)
+    message(body, declared, &names, &prefix, store)
 }
 
 fn node(node: &Node, prefix: &str, name: &dyn Fn(ValueId) -> String) -> NodeProto {

@@ -70,12 +70,11 @@ pub(in crate::builders) fn attend(
     };
     Ok(Attended {
         heads: from_heads(b, "heads", sums)?,
-        present: match past {
-            None => vec![],
-            Some(_) => {
-                let kept = keep(b, "cache_kept", layer.reach.window, cache, 1)?;
-                vec![(present_latent_name(index), kept)]
-            }
+        present: if past.is_some() {
+            let kept = keep(b, "cache_kept", layer.reach.window, cache, 1)?;
+            vec![(present_latent_name(index), kept)]
+        } else {
+            vec![]
         },
     })
 }
