@@ -1,3 +1,5 @@
+mod o200k;
+
 use std::fs;
 
 use proptest::prelude::*;
@@ -81,6 +83,12 @@ fn each_kind_splits_as_its_model_does() {
             spaces(&[
                 "I", "'LL", " say", " café", "X", " ", "1", "2", "3", "4", "²", " (", "ok",
                 ")\n\n", " ", " go",
+            ]),
+        ),
+        (
+            "gpt-4o",
+            spaces(&[
+                "I'LL", " say", " café", "X", " ", "123", "4²", " (", "ok", ")\n\n", " ", " go",
             ]),
         ),
     ];
