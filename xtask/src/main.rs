@@ -1,7 +1,7 @@
 //! Everything that runs around the product: set-up, tests, demo.
 //!
-//! `cargo xtask setup | test | demo | oracle | doctor`. Each command first installs, pinned and
-//! checksummed, what it needs into `target/runtime`; when that is done already it costs
+//! `cargo xtask setup | test | demo | oracle | doctor | make-gpt-oss`. Each command first installs,
+//! pinned and checksummed, what it needs into `target/runtime`; when that is done already it costs
 //! milliseconds and no network.
 #![allow(
     clippy::print_stdout,
@@ -15,6 +15,8 @@
 
 mod commands;
 mod error;
+#[cfg(any(feature = "synthetic", test))]
+mod gpt_oss;
 mod process;
 mod setup;
 mod workspace;
@@ -33,6 +35,8 @@ Commands:
   demo [args]        set-up, then compile SmolLM2-135M to MLA end to end and generate a sentence
   oracle [args]      set-up, then regenerate the reference fixtures and compare them
   doctor [args]      what was found, what is needed, how to get it
+  make-gpt-oss       a synthetic checkpoint in the exact form of GPT-OSS, to convert without a download:
+                     --size 20b|120b --output FOLDER [--layers N] [--seed S]
 
 Arguments after `demo`, `oracle` and `doctor` go to the program that they run.
 Example: cargo xtask demo";
@@ -48,6 +52,7 @@ fn main() -> ExitCode {
         "demo" => commands::demo::run(&workspace, &rest),
         "oracle" => commands::oracle::run(&workspace, &rest),
         "doctor" => commands::doctor::run(&workspace, &rest),
+        "make-gpt-oss" => commands::make_gpt_oss::run(&workspace, &rest),
         "" | "help" | "--help" | "-h" => {
             println!("{HELP}");
             Ok(())
