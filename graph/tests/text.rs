@@ -10,17 +10,17 @@
 
 mod common;
 
-use common::{converted, llama, qwen2, qwen3};
+use common::{converted, gpt_oss, llama, qwen2, qwen3};
 use mlac_graph::{
     ValidGraph,
     builders::{
         CacheProduct, DecoderOptions, GqaForm, LayerOptions, MlaForm, Runtime, StepForm,
-        StepOptions, Tap, decoder_graph, embed_graph, head_graph, layer_graph, rest_of_layer_graph,
-        step_graph,
+        StepOptions, Tap, block_graph, decoder_graph, embed_graph, head_graph, layer_graph,
+        rest_of_layer_graph, step_graph,
     },
     ir::DType,
 };
-use mlac_model::ModelConfig;
+use mlac_model::{ExpertFormat, ModelConfig};
 
 fn text(graph: &ValidGraph) -> String {
     graph.graph().to_string()
@@ -149,4 +149,44 @@ fn steps() {
         step(&mla, StepForm::MlaAbsorbed),
     ];
     insta::assert_snapshot!(steps.join("\n"));
+}
+
+/// The first layer has a window.
+fn block(cfg: &ModelConfig, options: DecoderOptions) -> String {
+    text(&block_graph(cfg, 0, &options, None).unwrap())
+}
+
+#[test]
+fn gpt_oss_block_with_a_window() {
+    let cfg = gpt_oss(1, ExpertFormat::Mxfp4);
+    insta::assert_snapshot!(block(&cfg, DecoderOptions::default()));
+}
+
+#[test]
+fn gpt_oss_block_converted_with_dense_experts() {
+    let cfg = converted(gpt_oss(1, ExpertFormat::Dense), &[0]);
+    insta::assert_snapshot!(block(&cfg, DecoderOptions::default()));
+}
+
+#[test]
+fn gpt_oss_block_by_operator() {
+    let options = DecoderOptions {
+        gqa_form: GqaForm::GroupQueryAttention,
+        ..DecoderOptions::default()
+    };
+    insta::assert_snapshot!(block(&gpt_oss(1, ExpertFormat::Dense), options));
+}
+
+#[test]
+fn gpt_oss_blocks_for_tensorrt_in_f16() {
+    let blocks = [MlaForm::Absorbed, MlaForm::Expanded].map(|mla_form| {
+        let options = DecoderOptions {
+            dtype: DType::F16,
+            runtime: Runtime::TensorRt,
+            mla_form,
+            ..DecoderOptions::default()
+        };
+        block(&gpt_oss(1, ExpertFormat::Mxfp4), options)
+    });
+    insta::assert_snapshot!(blocks.join("\n"));
 }

@@ -1,6 +1,6 @@
 //! What a configuration must satisfy before a graph is built from it.
 
-use mlac_model::{MlaEncoder, ModelConfig, Refusal};
+use mlac_model::{ExpertFormat, MlaEncoder, ModelConfig, Refusal, mxfp4::BLOCK};
 
 use crate::ir::DType;
 
@@ -54,6 +54,7 @@ pub(super) fn config(cfg: &ModelConfig) -> Result<(), Refusal> {
             *window,
         )?;
     }
+    experts(cfg)?;
     let Some(mla) = &cfg.mla else { return Ok(()) };
     let scale = mla.attention_scale;
     require(
@@ -110,6 +111,41 @@ pub(super) fn config(cfg: &ModelConfig) -> Result<(), Refusal> {
     Ok(())
 }
 
+fn experts(cfg: &ModelConfig) -> Result<(), Refusal> {
+    let Some(moe) = cfg.moe else { return Ok(()) };
+    let (count, chosen) = (moe.num_experts, moe.experts_per_token);
+    require(
+        "num_local_experts",
+        (1..=LARGEST_SIZE).contains(&count),
+        &format!("1 to {LARGEST_SIZE}"),
+        count,
+    )?;
+    require(
+        "num_experts_per_tok",
+        (1..=count).contains(&chosen),
+        &format!("1 to {count}"),
+        chosen,
+    )?;
+    for (key, value) in [
+        ("swiglu_limit", moe.swiglu_limit),
+        ("swiglu_alpha", moe.swiglu_alpha),
+    ] {
+        let good = value.is_finite() && value > 0.0;
+        require(key, good, "a positive number", value)?;
+    }
+    if moe.format == ExpertFormat::Dense {
+        return Ok(());
+    }
+    for (key, value) in [
+        ("hidden_size", cfg.hidden_size),
+        ("intermediate_size", cfg.intermediate_size),
+    ] {
+        let good = value.is_multiple_of(BLOCK);
+        require(key, good, &format!("a multiple of {BLOCK}"), value)?;
+    }
+    Ok(())
+}
+
 /// Refuses a layer that the model does not have.
 pub(super) fn layer(cfg: &ModelConfig, layer: usize) -> Result<(), Refusal> {
     if layer < cfg.num_hidden_layers {
@@ -137,6 +173,22 @@ pub(super) fn operator_heads(cfg: &ModelConfig) -> Result<(), Refusal> {
         cfg.head_dim.to_string(),
         "use primitives",
     ))
+}
+
+/// Refuses experts whose scales do not fill words of 4 bytes, which the form for `TensorRT` reads.
+pub(super) fn scale_words(cfg: &ModelConfig) -> Result<(), Refusal> {
+    let packed = |moe: mlac_model::MoeConfig| moe.format == ExpertFormat::Mxfp4;
+    let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
+    let counts = [2 * inner * (hidden / BLOCK), hidden * (inner / BLOCK)];
+    match counts.into_iter().find(|n| !n.is_multiple_of(4)) {
+        Some(count) if cfg.moe.is_some_and(packed) => Err(Refusal::new(
+            "scales of an expert",
+            "a multiple of 4 bytes, as the form for TensorRT reads words",
+            count.to_string(),
+            "use the standard form",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses an element type in which a model cannot be computed.

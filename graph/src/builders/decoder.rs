@@ -1,6 +1,8 @@
 //! The whole model with its caches.
 
-use mlac_model::{ModelConfig, Refusal};
+use std::collections::BTreeMap;
+
+use mlac_model::{Dtype, ModelConfig, Refusal, checkpoint::expected_tensors};
 
 use super::{
     attention::{self, Attended, gqa, mla},
@@ -14,6 +16,7 @@ use super::{
 use crate::{
     error::{Error, NodeError},
     ir::{DType, GraphBuilder, ValueId},
+    onnx::WeightSource,
     validate::ValidGraph,
 };
 
@@ -45,38 +48,95 @@ impl Default for DecoderOptions {
     }
 }
 
-/// The decoder with caches; `batch`, `seq` and `past` are dynamic and `past` may be 0.
+/// The decoder with caches; `batch`, `seq`, `past` and `past_w{W}` are dynamic and the pasts may be 0.
 ///
 /// Inputs: `input_ids` i64 `[batch, seq]`, `position_ids` i64 `[batch, seq]`, `attention_mask` i64
 /// `[batch, past+seq]` (0: padding, which may stand on the left), and per layer
-/// `past_key_values.{i}.key`, `past_key_values.{i}.value` `[batch, G, past, d]`, or for a converted
-/// layer `past_latent.{i}` `[batch, past, r+d_r]`.
+/// `past_key_values.{i}.key`, `past_key_values.{i}.value` `[batch, G, cached, d]`, or for a converted
+/// layer `past_latent.{i}` `[batch, cached, r+d_r]`.
 /// Outputs: `logits` `[batch, seq, vocab]`, then per layer `present.{i}.key`, `present.{i}.value`
-/// `[batch, G, past+seq, d]`, or `present_latent.{i}` `[batch, past+seq, r+d_r]`.
+/// `[batch, G, kept, d]`, or `present_latent.{i}` `[batch, kept, r+d_r]`.
 /// Caches and logits have the type of the model.
+///
+/// `past` is the number of tokens seen so far. Without a window a layer has cached them all: `cached` is
+/// `past`, `kept` is `past+seq`. With a window W it has cached the last ones: `cached` is `past_w{W}`,
+/// which the caller makes `min(past, W)`, and `kept` is `present_w{W}`, which is `min(past+seq, W)`.
 pub fn decoder_graph(cfg: &ModelConfig, options: &DecoderOptions) -> Result<ValidGraph, Error> {
+    build_decoder(cfg, *options, BTreeMap::new())
+}
+
+/// [`decoder_graph`] whose large weights keep the 16 bits in which `source` has them, so that the data file
+/// is no larger than the checkpoint. They are cast where they are read, which is exact. Only for f32: in a
+/// f16 graph weights have 16 bits anyway.
+pub fn decoder_graph_as_stored(
+    cfg: &ModelConfig,
+    options: &DecoderOptions,
+    source: &dyn WeightSource,
+) -> Result<ValidGraph, Error> {
+    build_decoder(cfg, *options, stored_types(cfg, options.dtype, source))
+}
+
+/// The 16-bit tensors of `source` that a graph of `dtype` can keep as they are.
+fn stored_types(
+    cfg: &ModelConfig,
+    dtype: DType,
+    source: &dyn WeightSource,
+) -> BTreeMap<String, DType> {
+    if dtype != DType::F32 {
+        return BTreeMap::new();
+    }
+    expected_tensors(cfg)
+        .into_iter()
+        .filter_map(|(name, _)| {
+            let stored = match source.dtype(&name)? {
+                Dtype::BF16 => DType::BF16,
+                Dtype::F16 => DType::F16,
+                _ => return None,
+            };
+            Some((name, stored))
+        })
+        .collect()
+}
+
+/// Refuses options that do not fit the model or each other.
+fn check_options(cfg: &ModelConfig, options: DecoderOptions) -> Result<(), Refusal> {
     check::config(cfg)?;
     check::dtype(options.dtype)?;
     let operator = options.gqa_form == GqaForm::GroupQueryAttention;
     if operator && options.runtime == Runtime::TensorRt {
-        return Err(Error::Refused(Refusal::new(
+        return Err(Refusal::new(
             "form of the GQA layers",
             "operators that TensorRT knows",
             "com.microsoft::GroupQueryAttention",
             "use primitives for TensorRT",
-        )));
+        ));
     }
     if operator {
         check::operator_heads(cfg)?;
     }
-    let mut b = GraphBuilder::new("decoder");
-    let axes = Axes {
+    if options.runtime == Runtime::TensorRt {
+        check::scale_words(cfg)?;
+    }
+    Ok(())
+}
+
+/// The axes of a graph with caches.
+fn cached_axes() -> Axes {
+    Axes {
         batch: "batch".into(),
         seq: "seq".into(),
         past: "past".into(),
-    };
+    }
+}
+
+/// Declares `position_ids` and `attention_mask` and makes the context of a graph with caches.
+fn cached_inputs<'a>(
+    b: &mut GraphBuilder,
+    cfg: &'a ModelConfig,
+    options: DecoderOptions,
+) -> Context<'a> {
+    let axes = cached_axes();
     let tokens = vec![axes.batch.clone(), axes.seq.clone()];
-    let ids = b.input("input_ids", DType::I64, tokens.clone());
     let positions = b.input("position_ids", DType::I64, tokens);
     let slots = vec![axes.batch.clone(), axes.total()];
     let mask = b.input("attention_mask", DType::I64, slots);
@@ -86,6 +146,50 @@ pub fn decoder_graph(cfg: &ModelConfig, options: &DecoderOptions) -> Result<Vali
     cx.gqa_form = options.gqa_form;
     cx.runtime = options.runtime;
     cx.product = options.product;
+    cx
+}
+
+/// One layer of [`decoder_graph`] with its caches, for engines and measurements of single layers.
+///
+/// Inputs: `hidden` `[batch, seq, D]` of the graph's type, then as the decoder has them `position_ids`,
+/// `attention_mask` and the layer's caches. Outputs: `hidden_out` `[batch, seq, D]` and the caches. With a
+/// `source`, weights are kept as in [`decoder_graph_as_stored`].
+pub fn block_graph(
+    cfg: &ModelConfig,
+    layer: usize,
+    options: &DecoderOptions,
+    source: Option<&dyn WeightSource>,
+) -> Result<ValidGraph, Error> {
+    check_options(cfg, *options)?;
+    check::layer(cfg, layer)?;
+    let mut b = GraphBuilder::new(&format!("block.{layer}"));
+    if let Some(source) = source {
+        b.keep_stored(stored_types(cfg, options.dtype, source));
+    }
+    let axes = cached_axes();
+    let stream = vec![axes.batch, axes.seq, cfg.hidden_size.into()];
+    let hidden = b.input("hidden", options.dtype, stream);
+    let mut cx = cached_inputs(&mut b, cfg, *options);
+    let past = attention::past_inputs(&mut b, &cx, layer);
+    let (out, attended) = decoder_layer(&mut b, &mut cx, layer, hidden, &past)?;
+    b.output("hidden_out", out);
+    for (name, value) in attended.present {
+        b.output(&name, value);
+    }
+    b.finish()
+}
+
+fn build_decoder(
+    cfg: &ModelConfig,
+    options: DecoderOptions,
+    stored: BTreeMap<String, DType>,
+) -> Result<ValidGraph, Error> {
+    check_options(cfg, options)?;
+    let mut b = GraphBuilder::new("decoder");
+    b.keep_stored(stored);
+    let axes = cached_axes();
+    let ids = b.input("input_ids", DType::I64, vec![axes.batch, axes.seq]);
+    let mut cx = cached_inputs(&mut b, cfg, options);
     let layers = 0..cfg.num_hidden_layers;
     let pasts: Vec<_> = layers
         .map(|layer| attention::past_inputs(&mut b, &cx, layer))

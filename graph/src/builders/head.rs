@@ -10,15 +10,15 @@ use crate::{
 };
 
 /// The embedding `[vocab, D]` as it lies in the checkpoint.
-fn embedding(b: &mut GraphBuilder, cfg: &ModelConfig, tensor: &str, dtype: DType) -> ValueId {
+fn embedding(cfg: &ModelConfig, tensor: &str, dtype: DType) -> WeightRef {
     let shape = vec![cfg.vocab_size, cfg.hidden_size];
-    b.weight(WeightRef {
+    WeightRef {
         name: tensor.to_owned(),
         source_shape: shape.clone(),
         transform: Transform::AsIs,
         dtype,
         shape,
-    })
+    }
 }
 
 /// Token ids i64 `[batch, seq]` to `[batch, seq, D]`.
@@ -28,8 +28,9 @@ pub(super) fn embed(
     ids: ValueId,
     dtype: DType,
 ) -> Result<ValueId, NodeError> {
-    let table = embedding(b, cfg, "model.embed_tokens.weight", dtype);
-    b.node("embed", Op::Gather { axis: 0 }, &[table, ids])
+    let table = b.stored_weight(embedding(cfg, "model.embed_tokens.weight", dtype));
+    let rows = b.node("embed", Op::Gather { axis: 0 }, &[table, ids])?;
+    b.cast("embed.cast", rows, dtype)
 }
 
 /// The residual stream `[batch, seq, D]` to logits `[batch, seq, vocab]`: final norm, then the head.
@@ -46,7 +47,7 @@ pub(super) fn head(
     } else {
         "lm_head.weight"
     };
-    let table = embedding(b, cfg, tensor, dtype);
+    let table = b.cast_weight(embedding(cfg, tensor, dtype))?;
     let mut shape = b.shape(x).to_vec();
     let rows = Dim::product(&shape[..2]);
     let x = b.reshape("lm_head.rows", x, &[rows, cfg.hidden_size.into()])?;

@@ -18,7 +18,7 @@ mod rope;
 mod step;
 
 pub use context::{CacheProduct, GqaForm, MlaForm, Runtime};
-pub use decoder::{DecoderOptions, decoder_graph};
+pub use decoder::{DecoderOptions, block_graph, decoder_graph, decoder_graph_as_stored};
 pub use head::{embed_graph, head_graph};
 pub use layer::{LayerOptions, Tap, layer_graph, rest_of_layer_graph};
 pub use step::{StepForm, StepOptions, step_graph};

@@ -205,9 +205,9 @@ fn projection(
         dtype: cx.dtype,
         shape,
     };
-    let bias = b.weight(as_is(format!("{name}_bias"), vec![count, out]));
+    let bias = b.stored_weight(as_is(format!("{name}_bias"), vec![count, out]));
     if sizes.moe.format == ExpertFormat::Dense {
-        let matrix = b.weight(as_is(name, vec![count, *input, out]));
+        let matrix = b.stored_weight(as_is(name, vec![count, *input, out]));
         return Projection {
             matrix,
             scales: matrix,
@@ -367,14 +367,15 @@ fn all(
                 Part::GateUp => (sizes.gate_up(), gate_up),
                 Part::Down => (sizes.down(), down),
             };
-            let mut matrix = gather(b, "stored", p.matrix, expert)?;
-            if sizes.moe.format == ExpertFormat::Mxfp4 {
-                let words = gather(b, "stored_scales", p.scales, expert)?;
-                let shape = [size.out.into(), size.input.into()];
-                let dtype = b.ty(x).dtype;
-                matrix = decode_words(b, scales, &[], &size, matrix, words, dtype)?;
-                matrix = b.reshape("matrix", matrix, &shape)?;
-            }
+            let dtype = b.ty(x).dtype;
+            let stored = gather(b, "stored", p.matrix, expert)?;
+            let matrix = match sizes.moe.format {
+                ExpertFormat::Dense => b.cast("matrix", stored, dtype)?,
+                ExpertFormat::Mxfp4 => {
+                    let words = gather(b, "stored_scales", p.scales, expert)?;
+                    decode_words(b, scales, &[], &size, stored, words, dtype)?
+                }
+            };
             product(b, sizes, x, matrix, p.bias, expert)
         })?;
         let hit = b.compare("hit", Compare::Equal, chosen, expert)?;
@@ -409,7 +410,10 @@ fn gathered(
         };
         let stored = gather(b, "stored", p.matrix, routed.experts)?;
         let matrix = match sizes.moe.format {
-            ExpertFormat::Dense => b.transpose("matrix", stored, &[0, 1, 3, 2])?,
+            ExpertFormat::Dense => {
+                let matrix = b.cast("matrix_cast", stored, dtype)?;
+                b.transpose("matrix", matrix, &[0, 1, 3, 2])?
+            }
             ExpertFormat::Mxfp4 => {
                 let words = gather(b, "stored_scales", p.scales, routed.experts)?;
                 decode_words(b, tables.scales, &lead, &size, stored, words, dtype)?
@@ -417,6 +421,7 @@ fn gathered(
         };
         let column = b.matmul("product", matrix, x)?;
         let bias = gather(b, "stored_bias", p.bias, routed.experts)?;
+        let bias = b.cast("bias", bias, dtype)?;
         let bias = b.unsqueeze("bias_column", bias, &[3])?;
         b.add("biased", column, bias)
     })?;

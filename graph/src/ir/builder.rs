@@ -27,6 +27,9 @@ pub struct GraphBuilder {
     names: BTreeSet<String>,
     constants: BTreeMap<(DType, Vec<usize>, Vec<u8>), ValueId>,
     weights: BTreeMap<WeightRef, ValueId>,
+    cast_weights: BTreeMap<(ValueId, DType), ValueId>,
+    /// Types of tensors that keep the one they are stored in, by name.
+    stored: BTreeMap<String, DType>,
     /// Values that hold one dimension each, i64 `[1]`.
     pub(super) dims: BTreeMap<Dim, ValueId>,
     /// Values that hold one dimension each, i64 scalar.
@@ -61,6 +64,8 @@ impl GraphBuilder {
             names: BTreeSet::new(),
             constants: BTreeMap::new(),
             weights: BTreeMap::new(),
+            stored: BTreeMap::new(),
+            cast_weights: BTreeMap::new(),
             dims: BTreeMap::new(),
             scalars: BTreeMap::new(),
             shapes: BTreeMap::new(),
@@ -177,6 +182,33 @@ impl GraphBuilder {
         });
         self.weights.insert(weight, id);
         id
+    }
+
+    /// From now on [`GraphBuilder::stored_weight`] gives these tensors in these types.
+    pub fn keep_stored(&mut self, types: BTreeMap<String, DType>) {
+        self.stored = types;
+    }
+
+    /// A tensor of the checkpoint in the type that it keeps, the one of `weight` when it keeps none; the
+    /// caller casts what it reads of it.
+    pub fn stored_weight(&mut self, weight: WeightRef) -> ValueId {
+        let dtype = self.stored.get(&weight.name).copied();
+        self.weight(WeightRef {
+            dtype: dtype.unwrap_or(weight.dtype),
+            ..weight
+        })
+    }
+
+    /// [`GraphBuilder::stored_weight`] as a whole in the type of `weight`.
+    pub fn cast_weight(&mut self, weight: WeightRef) -> Result<ValueId, NodeError> {
+        let (dtype, name) = (weight.dtype, weight.name.clone());
+        let value = self.stored_weight(weight);
+        if let Some(&cast) = self.cast_weights.get(&(value, dtype)) {
+            return Ok(cast);
+        }
+        let cast = self.top_level(|b| b.cast(&format!("{name}.{dtype}"), value, dtype))?;
+        self.cast_weights.insert((value, dtype), cast);
+        Ok(cast)
     }
 
     /// Adds a node and gives all its outputs.

@@ -76,13 +76,13 @@ impl GraphBuilder {
         bias: bool,
     ) -> Result<ValueId> {
         let dtype = self.ty(x).dtype;
-        let weight = self.weight(WeightRef {
+        let weight = self.cast_weight(WeightRef {
             name: format!("{tensor}.weight"),
             source_shape: vec![out, input],
             transform: Transform::Transpose2D,
             dtype,
             shape: vec![input, out],
-        });
+        })?;
         let product = self.matmul(name, x, weight)?;
         if !bias {
             return Ok(product);

@@ -3,8 +3,10 @@
 use std::{
     collections::BTreeMap,
     fs::File,
-    io::Write as _,
+    io::{self, Write as _},
     path::{Path, PathBuf},
+    sync::mpsc::{Receiver, SyncSender, sync_channel},
+    thread::{Scope, ScopedJoinHandle},
 };
 
 use mlac_model::Refusal;
@@ -53,7 +55,8 @@ pub struct WriteReport {
 /// Writes each graph under its file name into `folder`, which exists, and the weights of all of
 /// them once into `data_file` beside them.
 ///
-/// Weights are streamed: memory holds the source's one tensor and a few MiB. Equal inputs give
+/// Weights are streamed: memory holds the source's one tensor (nothing of one that is stored as the graph
+/// has it) and a few pieces of 8 MiB. Equal inputs give
 /// equal bytes. The caller stages the folder and renames it when this returns.
 pub fn write_folder(
     folder: &Path,
@@ -167,27 +170,112 @@ fn write_data(
             source,
         }
     };
-    let mut file = File::create(path).map_err(io("create"))?;
-    let mut at = 0;
-    for &(weight, offset) in &plan.order {
-        let padding = vec![0; (offset - at) as usize];
-        file.write_all(&padding).map_err(io("write"))?;
-        at = offset;
-        stream(weight, source, &mut |bytes| {
-            at += bytes.len() as u64;
-            file.write_all(bytes)
-        })
-        .map_err(|e| match e {
-            StreamError::Error(e) => e,
-            StreamError::Io(source) => io("write")(source),
-        })?;
-        progress(Progress {
-            tensor: &weight.name,
-            done: at,
-            total: plan.total,
+    let file = File::create(path).map_err(io("create"))?;
+    std::thread::scope(|scope| {
+        let mut pump = Pump::start(scope, file);
+        for &(weight, offset) in &plan.order {
+            let padding = vec![0; (offset - pump.at) as usize];
+            pump.send(&padding).map_err(io("write"))?;
+            stream(weight, source, &mut |bytes| pump.send(bytes)).map_err(|e| match e {
+                StreamError::Error(e) => e,
+                StreamError::Io(source) => io("write")(source),
+            })?;
+            progress(Progress {
+                tensor: &weight.name,
+                done: pump.at,
+                total: plan.total,
+            });
+        }
+        pump.finish().map_err(io("write"))
+    })
+}
+
+/// Bytes that are on their way to the file at once, in pieces.
+const PIECE: usize = 8 << 20;
+/// Pieces on their way besides the one being filled and the one being written.
+const QUEUE: usize = 2;
+
+/// Writes on a thread of its own what it is given, in large pieces, so that reading and checking go on.
+struct Pump<'scope> {
+    /// The piece being filled.
+    piece: Vec<u8>,
+    /// Bytes taken so far.
+    at: u64,
+    full: Option<SyncSender<Vec<u8>>>,
+    empty: Receiver<Vec<u8>>,
+    thread: Option<ScopedJoinHandle<'scope, io::Result<()>>>,
+}
+
+impl<'scope> Pump<'scope> {
+    fn start(scope: &'scope Scope<'scope, '_>, mut file: File) -> Self {
+        let (full, pieces) = sync_channel::<Vec<u8>>(QUEUE);
+        let (back, empty) = sync_channel(QUEUE + 2);
+        for _ in 0..=QUEUE {
+            // There is room for all of them.
+            let _ = back.send(Vec::with_capacity(PIECE));
+        }
+        let thread = scope.spawn(move || {
+            for mut piece in pieces {
+                file.write_all(&piece)?;
+                piece.clear();
+                // Nobody waits for it when the sender has finished.
+                let _ = back.send(piece);
+            }
+            Ok(())
         });
+        Self {
+            piece: Vec::with_capacity(PIECE),
+            at: 0,
+            full: Some(full),
+            empty,
+            thread: Some(thread),
+        }
     }
-    Ok(())
+
+    fn send(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        self.at += bytes.len() as u64;
+        while !bytes.is_empty() {
+            let fits = bytes.len().min(PIECE - self.piece.len());
+            self.piece.extend_from_slice(&bytes[..fits]);
+            bytes = &bytes[fits..];
+            if self.piece.len() == PIECE {
+                self.hand_over()?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes the piece on and takes an empty one; when the thread has stopped, says why.
+    fn hand_over(&mut self) -> io::Result<()> {
+        let piece = std::mem::take(&mut self.piece);
+        let sent = self.full.as_ref().is_some_and(|f| f.send(piece).is_ok());
+        match (sent, self.empty.recv()) {
+            (true, Ok(empty)) => {
+                self.piece = empty;
+                Ok(())
+            }
+            _ => Err(self
+                .join()
+                .err()
+                .unwrap_or_else(|| io::Error::other("the writing thread stopped"))),
+        }
+    }
+
+    fn finish(mut self) -> io::Result<()> {
+        if !self.piece.is_empty() {
+            self.hand_over()?;
+        }
+        self.join()
+    }
+
+    fn join(&mut self) -> io::Result<()> {
+        self.full = None;
+        match self.thread.take().map(ScopedJoinHandle::join) {
+            Some(Ok(result)) => result,
+            Some(Err(_)) => Err(io::Error::other("the writing thread panicked")),
+            None => Ok(()),
+        }
+    }
 }
 
 #[cfg(test)]

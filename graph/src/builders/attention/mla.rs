@@ -152,13 +152,13 @@ fn query_parts(
     let d_nope = layer.shape.qk_nope_head_dim;
     let q = by_head(b, "q_by_head", query, heads)?;
     let q_nope = b.transpose("q_nope", q, &[0, 2, 1, 3])?;
-    let to_rope = b.weight(WeightRef {
+    let to_rope = b.cast_weight(WeightRef {
         name: layer.tensor("q_rope_proj.weight"),
         source_shape: vec![heads * d_r, d_nope],
         transform: Transform::HeadTranspose { heads },
         dtype: cx.dtype,
         shape: vec![heads, d_nope, d_r],
-    });
+    })?;
     Ok((q_nope, b.matmul("q_rope_in", q_nope, to_rope)?))
 }
 
@@ -189,11 +189,11 @@ fn kv_b(cx: &Context<'_>, layer: &Layer, transform: Transform, shape: Vec<usize>
 }
 
 /// `W_UK` `[H, d_nope, r]`.
-fn key_up(b: &mut GraphBuilder, cx: &Context<'_>, layer: &Layer) -> ValueId {
+fn key_up(b: &mut GraphBuilder, cx: &Context<'_>, layer: &Layer) -> Result<ValueId, NodeError> {
     let (heads, s) = (layer.heads, layer.shape);
     let (d_nope, d_v) = (s.qk_nope_head_dim, s.v_head_dim);
     let transform = Transform::KvBKey { heads, d_nope, d_v };
-    b.weight(kv_b(
+    b.cast_weight(kv_b(
         cx,
         layer,
         transform,
@@ -202,11 +202,11 @@ fn key_up(b: &mut GraphBuilder, cx: &Context<'_>, layer: &Layer) -> ValueId {
 }
 
 /// `W_UV^T` `[H, r, d_v]`.
-fn value_up(b: &mut GraphBuilder, cx: &Context<'_>, layer: &Layer) -> ValueId {
+fn value_up(b: &mut GraphBuilder, cx: &Context<'_>, layer: &Layer) -> Result<ValueId, NodeError> {
     let (heads, s) = (layer.heads, layer.shape);
     let (d_nope, d_v) = (s.qk_nope_head_dim, s.v_head_dim);
     let transform = Transform::KvBValue { heads, d_nope, d_v };
-    b.weight(kv_b(cx, layer, transform, vec![heads, s.kv_lora_rank, d_v]))
+    b.cast_weight(kv_b(cx, layer, transform, vec![heads, s.kv_lora_rank, d_v]))
 }
 
 /// Head outputs `[batch, H, seq, d_v]`, the cache being key and value of one shared head.
@@ -218,7 +218,7 @@ fn absorbed(
     cache: ValueId,
 ) -> Result<ValueId, NodeError> {
     let reach = &layer.reach;
-    let key_up = key_up(b, cx, layer);
+    let key_up = key_up(b, cx, layer)?;
     let query = b.matmul("q_absorbed", encoded.q_nope, key_up)?;
     let query = b.concat("q_row", &[query, encoded.q_rope], 3)?;
     let sums = if cx.fuses(layer.shape.cache_width()) {
@@ -231,7 +231,7 @@ fn absorbed(
     // The sums over the rotary keys come along, which is cheaper than copying the latents out of
     // the cache; they are cut off here.
     let sums = b.slice("latent_sums", sums, 3, 0..layer.shape.kv_lora_rank)?;
-    let value_up = value_up(b, cx, layer);
+    let value_up = value_up(b, cx, layer)?;
     b.matmul("values_up", sums, value_up)
 }
 
@@ -255,9 +255,9 @@ fn expanded(
     let cache = b.unsqueeze("cache_head", cache, &[1])?;
     let parts = b.split("cache_parts", cache, 3, &[r, d_r])?;
     let (latent, rope) = (parts[0], parts[1]);
-    let value_up = value_up(b, cx, layer);
+    let value_up = value_up(b, cx, layer)?;
     let values = b.matmul("values", latent, value_up)?;
-    let key_up = key_up(b, cx, layer);
+    let key_up = key_up(b, cx, layer)?;
     let latent = b.transpose("latent_t", latent, &[0, 1, 3, 2])?;
     let keys = b.matmul("keys_nope", key_up, latent)?;
     let rope = b.transpose("rope_t", rope, &[0, 1, 3, 2])?;
