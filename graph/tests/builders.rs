@@ -17,11 +17,13 @@ use mlac_graph::{
     Error,
     builders::{
         CacheProduct, DecoderOptions, GqaForm, LayerOptions, MlaForm, Runtime, StepForm,
-        StepOptions, Tap, decoder_graph, layer_graph, step_graph,
+        StepOptions, Tap, block_graph, decoder_graph, decoder_graph_as_stored, layer_graph,
+        layer_graph_as_stored, step_graph,
     },
     ir::{DType, MICROSOFT_DOMAIN},
+    onnx::{MemoryWeights, Overlay},
 };
-use mlac_model::{ExpertFormat, ModelConfig, checkpoint::expected_tensors};
+use mlac_model::{Dtype, ExpertFormat, ModelConfig, checkpoint::expected_tensors};
 
 fn configurations() -> Vec<ModelConfig> {
     let biased = ModelConfig {
@@ -324,4 +326,150 @@ fn taps_that_do_not_exist_are_refused() {
         layer(&converted(llama(1), &[0]), &[Tap::Heads, Tap::Key]),
         "taps of layer 0: expected taps that a converted layer has, found key; fix: tap the layer of the original model"
     );
+}
+
+#[test]
+fn a_block_reads_its_layer_and_has_the_decoders_caches() {
+    for cfg in configurations() {
+        for options in all_options() {
+            for layer in 0..cfg.num_hidden_layers {
+                let block = block_graph(&cfg, layer, &options, None).unwrap();
+                let prefix = format!("model.layers.{layer}.");
+                let expected: BTreeSet<String> = expected_tensors(&cfg)
+                    .into_iter()
+                    .map(|(name, _)| name)
+                    .filter(|name| name.starts_with(&prefix))
+                    .collect();
+                let weights = block.graph().weights();
+                let found: BTreeSet<String> = weights.map(|w| w.name.clone()).collect();
+                assert_eq!(found, expected);
+                let whole = decoder_graph(&cfg, &options).unwrap();
+                let inputs = block.input_names();
+                assert_eq!(inputs[..3], ["hidden", "position_ids", "attention_mask"]);
+                for name in &inputs[1..] {
+                    let ty = block.graph().input_type(name);
+                    assert_eq!(ty, whole.graph().input_type(name), "{name}");
+                }
+                let outputs = block.output_names();
+                assert_eq!(outputs[0], "hidden_out");
+                for name in &outputs[1..] {
+                    let ty = block.graph().output_type(name);
+                    assert_eq!(ty, whole.graph().output_type(name), "{name}");
+                }
+            }
+        }
+    }
+}
+
+/// All tensors of `cfg`, stored as bf16 and MXFP4, filled with zeros.
+fn zeros(cfg: &ModelConfig) -> MemoryWeights {
+    let mut weights = MemoryWeights::new();
+    for (name, shape) in expected_tensors(cfg) {
+        let packed = name.ends_with("_blocks") || name.ends_with("_scales");
+        let dtype = if packed { Dtype::U8 } else { Dtype::BF16 };
+        let bytes = vec![0; shape.iter().product::<usize>() * dtype.size()];
+        weights.insert_stored(name, &shape, dtype, bytes).unwrap();
+    }
+    weights
+}
+
+#[test]
+fn stored_weights_keep_their_type_and_everything_else_stays() {
+    for cfg in configurations() {
+        let source = zeros(&cfg);
+        let tensors: BTreeSet<String> = expected_tensors(&cfg).into_iter().map(|t| t.0).collect();
+        for options in all_options() {
+            let graph = decoder_graph_as_stored(&cfg, &options, &source).unwrap();
+            let plain = decoder_graph(&cfg, &options).unwrap();
+            if options.dtype == DType::F16 {
+                assert_eq!(graph, plain);
+                continue;
+            }
+            let found: BTreeSet<String> = graph.graph().weights().map(|w| w.name.clone()).collect();
+            assert_eq!(found, tensors);
+            for w in graph.graph().weights().filter(|w| w.source_shape.len() > 1) {
+                assert_ne!(w.dtype, DType::F32, "{} is kept", w.name);
+            }
+            assert_eq!(graph.input_names(), plain.input_names());
+            assert_eq!(graph.output_names(), plain.output_names());
+        }
+        let options = LayerOptions {
+            taps: vec![Tap::HiddenOut],
+            dtype: DType::F32,
+        };
+        // What lies on top has numbers only, which stay f32.
+        let mut top = MemoryWeights::new();
+        let o_proj = "model.layers.0.self_attn.o_proj.weight";
+        let (_, shape) = expected_tensors(&cfg)
+            .into_iter()
+            .find(|t| t.0 == o_proj)
+            .unwrap();
+        top.insert(o_proj, &shape, vec![0.0; shape.iter().product()])
+            .unwrap();
+        let source = Overlay::new(&top, &source);
+        let graph = layer_graph_as_stored(&cfg, 0, &options, &source).unwrap();
+        for w in graph.graph().weights().filter(|w| w.source_shape.len() > 1) {
+            assert_eq!(w.dtype == DType::F32, w.name == o_proj, "{}", w.name);
+        }
+    }
+}
+
+#[test]
+fn experts_are_computed_in_the_form_of_the_runtime() {
+    let count = |runtime, mla_form| {
+        let options = DecoderOptions {
+            runtime,
+            mla_form,
+            ..DecoderOptions::default()
+        };
+        let cfg = gpt_oss(1, ExpertFormat::Mxfp4);
+        let graph = decoder_graph(&cfg, &options).unwrap();
+        ["Loop", "Unique", "TopK"].map(|name| {
+            let nodes = graph.graph().nodes();
+            nodes.filter(|(_, n)| n.op.name() == name).count()
+        })
+    };
+    for form in [MlaForm::Absorbed, MlaForm::Expanded] {
+        assert_eq!(count(Runtime::Standard, form), [1, 1, 1]);
+    }
+    assert_eq!(count(Runtime::TensorRt, MlaForm::Absorbed), [0, 0, 1]);
+    assert_eq!(count(Runtime::TensorRt, MlaForm::Expanded), [1, 0, 1]);
+}
+
+#[test]
+fn contradictions_about_experts_are_refused() {
+    type Change = fn(&mut ModelConfig);
+    let cases: [(Change, &str); 6] = [
+        (
+            |c| c.moe.as_mut().unwrap().num_experts = 0,
+            "num_local_experts",
+        ),
+        (
+            |c| c.moe.as_mut().unwrap().experts_per_token = 6,
+            "num_experts_per_tok",
+        ),
+        (
+            |c| c.moe.as_mut().unwrap().swiglu_limit = 0.0,
+            "swiglu_limit",
+        ),
+        (
+            |c| c.moe.as_mut().unwrap().swiglu_alpha = f64::NAN,
+            "swiglu_alpha",
+        ),
+        (|c| c.hidden_size = 48, "hidden_size"),
+        (
+            |c| {
+                c.qk_norm = true;
+                *c = converted(c.clone(), &[0]);
+            },
+            "mla_encoder",
+        ),
+    ];
+    for (change, key) in cases {
+        let mut cfg = gpt_oss(2, ExpertFormat::Mxfp4);
+        change(&mut cfg);
+        let text = refusal(decoder_graph(&cfg, &DecoderOptions::default()));
+        let subject = format!("configuration key {key}: expected ");
+        assert!(text.starts_with(&subject), "{key}: {text}");
+    }
 }

@@ -175,22 +175,6 @@ pub(super) fn operator_heads(cfg: &ModelConfig) -> Result<(), Refusal> {
     ))
 }
 
-/// Refuses experts whose scales do not fill words of 4 bytes, which the form for `TensorRT` reads.
-pub(super) fn scale_words(cfg: &ModelConfig) -> Result<(), Refusal> {
-    let packed = |moe: mlac_model::MoeConfig| moe.format == ExpertFormat::Mxfp4;
-    let (hidden, inner) = (cfg.hidden_size, cfg.intermediate_size);
-    let counts = [2 * inner * (hidden / BLOCK), hidden * (inner / BLOCK)];
-    match counts.into_iter().find(|n| !n.is_multiple_of(4)) {
-        Some(count) if cfg.moe.is_some_and(packed) => Err(Refusal::new(
-            "scales of an expert",
-            "a multiple of 4 bytes, as the form for TensorRT reads words",
-            count.to_string(),
-            "use the standard form",
-        )),
-        _ => Ok(()),
-    }
-}
-
 /// Refuses an element type in which a model cannot be computed.
 pub(super) fn dtype(dtype: DType) -> Result<(), Refusal> {
     if dtype.is_float() {

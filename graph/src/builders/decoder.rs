@@ -77,7 +77,7 @@ pub fn decoder_graph_as_stored(
 }
 
 /// The 16-bit tensors of `source` that a graph of `dtype` can keep as they are.
-fn stored_types(
+pub(super) fn stored_types(
     cfg: &ModelConfig,
     dtype: DType,
     source: &dyn WeightSource,
@@ -113,9 +113,6 @@ fn check_options(cfg: &ModelConfig, options: DecoderOptions) -> Result<(), Refus
     }
     if operator {
         check::operator_heads(cfg)?;
-    }
-    if options.runtime == Runtime::TensorRt {
-        check::scale_words(cfg)?;
     }
     Ok(())
 }

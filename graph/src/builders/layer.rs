@@ -1,16 +1,19 @@
 //! One layer without cache, for calibration.
 
+use std::collections::BTreeMap;
+
 use mlac_model::{ModelConfig, Refusal};
 
 use super::{
     attention::{self, gqa, mla},
     check,
     context::{Axes, Context, MlaForm},
-    decoder::{after_attention, attention_input},
+    decoder::{after_attention, attention_input, stored_types},
 };
 use crate::{
     error::Error,
     ir::{DType, Dim, GraphBuilder, ValueId},
+    onnx::WeightSource,
     validate::ValidGraph,
 };
 
@@ -72,11 +75,33 @@ pub fn layer_graph(
     layer: usize,
     options: &LayerOptions,
 ) -> Result<ValidGraph, Error> {
+    build_layer(cfg, layer, options, BTreeMap::new())
+}
+
+/// [`layer_graph`] whose large weights keep the 16 bits in which `source` has them, as in
+/// [`decoder_graph_as_stored`](super::decoder_graph_as_stored).
+pub fn layer_graph_as_stored(
+    cfg: &ModelConfig,
+    layer: usize,
+    options: &LayerOptions,
+    source: &dyn WeightSource,
+) -> Result<ValidGraph, Error> {
+    let stored = stored_types(cfg, options.dtype, source);
+    build_layer(cfg, layer, options, stored)
+}
+
+fn build_layer(
+    cfg: &ModelConfig,
+    layer: usize,
+    options: &LayerOptions,
+    stored: BTreeMap<String, DType>,
+) -> Result<ValidGraph, Error> {
     check::config(cfg)?;
     check::layer(cfg, layer)?;
     check::dtype(options.dtype)?;
     check_taps(cfg, layer, &options.taps)?;
     let mut builder = GraphBuilder::new(&format!("layer.{layer}"));
+    builder.keep_stored(stored);
     let b = &mut builder;
     let (hidden, mut cx) = sequence_inputs(b, cfg, options.dtype);
     let x = attention_input(b, &cx, layer, hidden)?;
@@ -146,15 +171,34 @@ fn check_taps(cfg: &ModelConfig, layer: usize, taps: &[Tap]) -> Result<(), Refus
     Ok(())
 }
 
-/// The rest of a layer after the heads: output projection, residual and MLP, so that a refit
+/// The rest of a layer after the heads: output projection, residual and MLP or experts, so that a refit
 /// projection need not rerun attention.
 ///
 /// Inputs: `hidden` f32 `[batch, seq, D]`, the residual stream before the layer, and `attn_heads` f32
 /// `[batch, seq, H*d_v]`. Outputs: `attn_out` and `hidden_out`, f32 `[batch, seq, D]`.
 pub fn rest_of_layer_graph(cfg: &ModelConfig, layer: usize) -> Result<ValidGraph, Error> {
+    build_rest(cfg, layer, BTreeMap::new())
+}
+
+/// [`rest_of_layer_graph`] whose large weights keep the 16 bits in which `source` has them, as in
+/// [`decoder_graph_as_stored`](super::decoder_graph_as_stored).
+pub fn rest_of_layer_graph_as_stored(
+    cfg: &ModelConfig,
+    layer: usize,
+    source: &dyn WeightSource,
+) -> Result<ValidGraph, Error> {
+    build_rest(cfg, layer, stored_types(cfg, DType::F32, source))
+}
+
+fn build_rest(
+    cfg: &ModelConfig,
+    layer: usize,
+    stored: BTreeMap<String, DType>,
+) -> Result<ValidGraph, Error> {
     check::config(cfg)?;
     check::layer(cfg, layer)?;
     let mut b = GraphBuilder::new(&format!("rest_of_layer.{layer}"));
+    b.keep_stored(stored);
     let (hidden, mut cx) = sequence_inputs(&mut b, cfg, DType::F32);
     let width = attention::heads_width(&cx, layer);
     let shape = vec![cx.axes.batch.clone(), cx.axes.seq.clone(), width.into()];

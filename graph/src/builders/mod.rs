@@ -1,8 +1,10 @@
 //! From a configuration to graphs: one file per part of a decoder.
 //!
 //! Letters in shapes: `batch`, `seq` (new tokens), `past` (cached tokens), `total = past + seq`,
+//! `cached` (rows of the cache: `past`, or with a window W at most W of them), `rows = cached + seq`,
 //! `D` hidden size, `H` query heads, `G` KV heads, `d` head size, `r` latent size, `d_r` rotary key
-//! size, `w = r + d_r` cached numbers per token of an MLA layer.
+//! size, `w = r + d_r` cached numbers per token of an MLA layer, `E` experts, `K` of them chosen per token, `I`
+//! width of one.
 
 mod attention;
 mod check;
@@ -20,7 +22,10 @@ mod step;
 pub use context::{CacheProduct, GqaForm, MlaForm, Runtime};
 pub use decoder::{DecoderOptions, block_graph, decoder_graph, decoder_graph_as_stored};
 pub use head::{embed_graph, head_graph};
-pub use layer::{LayerOptions, Tap, layer_graph, rest_of_layer_graph};
+pub use layer::{
+    LayerOptions, Tap, layer_graph, layer_graph_as_stored, rest_of_layer_graph,
+    rest_of_layer_graph_as_stored,
+};
 pub use step::{StepForm, StepOptions, step_graph};
 
 /// Name of the past input of a GQA layer; `part` is `key` or `value`.

@@ -214,7 +214,7 @@ fn projection(
             bias,
         };
     }
-    // TensorRT has no constants of bytes.
+    // TensorRT has no constants of bytes. Both sizes are multiples of 32, so scales fill words.
     let (block_type, block_shape, scale_type, scale_shape) = if form == Form::Chosen {
         (
             DType::U16,

@@ -50,7 +50,7 @@ pub struct StepOptions {
 /// output projection, without norms and MLP.
 ///
 /// Inputs: `hidden` `[batch, 1, D]`, `position_ids` i64 `[batch, 1]` and the caches of the layer under
-/// their names in the decoder, with `past` dynamic. Outputs: `attn_out` `[batch, 1, D]` and the present
+/// their names in the decoder, with `past` or `past_w{W}` dynamic. Outputs: `attn_out` `[batch, 1, D]` and the present
 /// caches. No padding; the layer's window applies.
 pub fn step_graph(
     cfg: &ModelConfig,

@@ -2,7 +2,8 @@
 
 use super::{Violation, seal};
 use crate::ir::{
-    DType, Definition, Dim, Graph, GraphBuilder, Initializer, NodeId, Transform, Value, ValueId,
+    DType, Definition, Dim, Graph, GraphBuilder, Initializer, InlineTensor, NodeId, Op, Transform,
+    Value, ValueId,
 };
 
 /// `present_row.0 = Concat(past_row.0, x W^T)`, `y = present_row.0 + 1`.
@@ -275,6 +276,142 @@ fn caches_grow_in_one_axis() {
     let found = b.finish().unwrap_err();
     assert!(
         matches!(found, crate::Error::Invalid(Violation::Cache { .. })),
+        "{found}"
+    );
+}
+
+#[test]
+fn slashes_are_for_bodies() {
+    let found = breaks(|g| value(g, "x").name = "a/b".to_owned());
+    assert_eq!(found, "name \"a/b\": a slash");
+}
+
+/// `sum_i x[i]` over the first `past_row` rows, with what a body needs: carried and captured values.
+fn with_loop() -> Graph {
+    let mut b = GraphBuilder::new("loop");
+    let x = b.input("x", DType::F32, vec!["n".into(), 4.into()]);
+    let unused = b.input("unused", DType::F32, vec!["n".into()]);
+    let zero = b.constant(InlineTensor::float(DType::F32, &[4], &[0.0; 4]));
+    let trips = b.dim_scalar(&"n".into()).unwrap();
+    let [sum] = b
+        .repeat("sum", trips, [zero], [x, unused], |b, run| {
+            let axis = Op::Gather { axis: 0 };
+            let row = b.node("row", axis, &[run.captured[0], run.iteration])?;
+            Ok([b.add("next", run.carried[0], row)?])
+        })
+        .unwrap();
+    b.output("y", sum);
+    b.finish().unwrap().graph().clone()
+}
+
+fn change_body(graph: &mut Graph, change: impl FnOnce(&mut Graph)) {
+    for node in &mut graph.nodes {
+        if let Op::Loop { body, .. } = &mut node.op {
+            change(std::sync::Arc::make_mut(body));
+            return;
+        }
+    }
+    panic!("no loop");
+}
+
+#[test]
+fn a_loop_lists_what_its_body_needs_and_no_more() {
+    let graph = with_loop();
+    let names: Vec<&str> = graph
+        .inputs()
+        .iter()
+        .map(|&i| graph.value(i).name.as_str())
+        .collect();
+    assert_eq!(names, ["x"]);
+    let (_, node) = graph.nodes().find(|(_, n)| n.op.name() == "Loop").unwrap();
+    assert_eq!(node.inputs.len(), 4);
+}
+
+#[test]
+fn bodies_are_graphs() {
+    let broken = |change: fn(&mut Graph)| {
+        let mut graph = with_loop();
+        change_body(&mut graph, change);
+        seal(graph).expect_err("the twin passed").to_string()
+    };
+    let found = broken(|g| g.nodes.swap(0, 1));
+    assert!(
+        found.starts_with("body of sum: value") && found.contains("definition does not name")
+            || found.contains("used before it is defined"),
+        "{found}"
+    );
+    let found = broken(|g| value(g, "next").name = "row".to_owned());
+    assert_eq!(found, "body of sum: name \"row\": used twice");
+    let found = broken(|g| {
+        let id = find(g, "x");
+        g.inputs.retain(|&i| i != id);
+    });
+    assert!(
+        found.contains("expected 3 inputs, as the body has"),
+        "{found}"
+    );
+    let found = broken(|g| value(g, "x").ty.shape[1] = Dim::known(5));
+    assert!(
+        found.contains("f32[n, 5] as input 3, x of the body"),
+        "{found}"
+    );
+    let found = broken(|g| {
+        let weight = crate::ir::WeightRef {
+            name: "w".to_owned(),
+            source_shape: vec![4],
+            transform: Transform::AsIs,
+            dtype: DType::F32,
+            shape: vec![4],
+        };
+        let constants = g.values.iter_mut();
+        for value in constants.filter(|v| matches!(v.definition, Definition::Initializer(_))) {
+            value.definition = Definition::Initializer(Initializer::Weight(weight.clone()));
+        }
+    });
+    assert!(found.starts_with("body of sum: initializer"), "{found}");
+}
+
+#[test]
+fn carried_values_keep_their_type() {
+    let mut b = GraphBuilder::new("growing");
+    let x = b.input("x", DType::F32, vec!["n".into()]);
+    let trips = b.dim_scalar(&"n".into()).unwrap();
+    let found = b
+        .repeat("grow", trips, [x], [], |b, run| {
+            Ok([b.concat("twice", &[run.carried[0], run.carried[0]], 0)?])
+        })
+        .unwrap_err()
+        .to_string();
+    assert!(
+        found.contains("expected f32[n] again as twice, found f32[2*n]"),
+        "{found}"
+    );
+}
+
+#[test]
+fn a_symbol_has_one_meaning() {
+    let tails = |axis: &str, count: usize| {
+        let mut b = GraphBuilder::new("tails");
+        let x = b.input("x", DType::F32, vec!["n".into()]);
+        let y = b.input("y", DType::F32, vec![axis.into()]);
+        let x = b.tail("x_end", x, 0, 4, "kept").unwrap();
+        let y = b.tail("y_end", y, 0, count, "kept").unwrap();
+        let sum = b.add("sum", x, y).unwrap();
+        b.output("out", sum);
+        b.finish().map(drop).map_err(|e| e.to_string())
+    };
+    assert_eq!(tails("n", 4), Ok(()));
+    let expected = "node y_end: brings in the symbol kept, which has another meaning";
+    assert_eq!(tails("m", 4).unwrap_err(), expected);
+    assert_eq!(tails("n", 5).unwrap_err(), expected);
+    let mut b = GraphBuilder::new("distinct");
+    let x = b.input("x", DType::I64, vec!["n".into()]);
+    let op = Op::Unique { size: "n".into() };
+    let distinct = b.node("distinct", op, &[x]).unwrap();
+    b.output("out", distinct);
+    let found = b.finish().unwrap_err().to_string();
+    assert!(
+        found.starts_with("node distinct: brings in the symbol n"),
         "{found}"
     );
 }

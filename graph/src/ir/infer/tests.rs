@@ -35,10 +35,15 @@ fn operand(b: &mut GraphBuilder, i: usize, text: &str) -> Option<ValueId> {
         return Some(b.constant(InlineTensor::i64(&[], &[scalar.parse().unwrap()])));
     }
     let (dtype, shape) = text.split_once(' ').unwrap_or((text, ""));
-    let dtype = [DType::F32, DType::F16, DType::I64, DType::I32, DType::Bool]
-        .into_iter()
-        .find(|d| d.to_string() == dtype)
-        .unwrap();
+    let all = [
+        DType::F32,
+        DType::F16,
+        DType::BF16,
+        DType::I64,
+        DType::I32,
+        DType::Bool,
+    ];
+    let dtype = all.into_iter().find(|d| d.to_string() == dtype).unwrap();
     Some(b.input(&format!("in{i}"), dtype, dims(shape)))
 }
 
@@ -65,6 +70,11 @@ fn operators_give_the_types_of_onnx() {
         kv_heads: 2,
         scale: 1.0,
     };
+    let tail = Op::Tail {
+        size: "kept".into(),
+    };
+    let unique = Op::Unique { size: "u".into() };
+    let non_zero = Op::NonZero { size: "n".into() };
     let cases = [
         (Op::Binary(Binary::Add), "f32 b s 4, f32 4", "f32[b, s, 4]"),
         (Op::Binary(Binary::Mul), "i64 s 1, i64 t", "i64[s, t]"),
@@ -136,10 +146,36 @@ fn operators_give_the_types_of_onnx() {
             "f32[b, 6, s, 5]",
         ),
         (
-            gqa,
+            gqa.clone(),
             "f32 b s 24, f32 b s 8, f32 b s 8, f32 b 2 p 4, f32 b 2 p 4, i32 b, i32",
             "f32[b, s, 24] f32[b, 2, p+s, 4] f32[b, 2, p+s, 4]",
         ),
+        (
+            gqa,
+            "f32 b s 24, f32 b s 8, f32 b s 8, f32 b 2 p 4, f32 b 2 p 4, i32 b, i32, -, -, -, -, f32 6",
+            "f32[b, s, 24] f32[b, 2, p+s, 4] f32[b, 2, p+s, 4]",
+        ),
+        (Op::Compare(Compare::Equal), "i64 t k, i64", "bool[t, k]"),
+        (Op::Binary(Binary::Mod), "i32 n 1, i32 8", "i32[n, 8]"),
+        (Op::Binary(Binary::Max), "f32 n, f32", "f32[n]"),
+        (
+            Op::Slice,
+            "f32 b t, const [1], const [9223372036854775807], const [1]",
+            "f32[b, -1+t]",
+        ),
+        (
+            tail.clone(),
+            "f32 b t 4, const [-3], const [9223372036854775807], const [1]",
+            "f32[b, kept, 4]",
+        ),
+        (Op::GatherNd, "f32 t k 4, i64 n 2", "f32[n, 4]"),
+        (Op::ScatterAdd, "f32 t 4, i64 n 1, f32 n 4", "f32[t, 4]"),
+        (Op::TopK, "f32 t 5, const [2]", "f32[t, 2] i64[t, 2]"),
+        (unique.clone(), "i64 t k", "i64[u]"),
+        (non_zero, "bool t k", "i64[2, n]"),
+        (Op::ReduceSum, "f32 t k 4, const [1]", "f32[t, 1, 4]"),
+        (Op::Identity, "bool", "bool[]"),
+        (Op::Cast { to: DType::F32 }, "bf16 4", "f32[4]"),
     ];
     let wrong: Vec<String> = cases
         .into_iter()
@@ -161,6 +197,10 @@ fn operators_refuse_what_they_do_not_take() {
     };
     let rotary = Op::RotaryEmbedding { heads: 3 };
     let attention = Op::Attention { scale: 1.0 };
+    let tail = Op::Tail {
+        size: "kept".into(),
+    };
+    let unique = Op::Unique { size: "u".into() };
     let cases = [
         (
             Op::Binary(Binary::Add),
@@ -282,10 +322,38 @@ fn operators_refuse_what_they_do_not_take() {
             "past values of shape [b, 2, p, 4]",
         ),
         (
-            gqa,
+            gqa.clone(),
             "f32 b s 24, f32 b s 8, f32 b s 8, f32 b 2 p 4, f32 b 2 p 4, i64 b, i32",
             "i32 [b] as input 5",
         ),
+        (
+            gqa,
+            "f32 b s 24, f32 b s 8, f32 b s 8, f32 b 2 p 4, f32 b 2 p 4, i32 b, i32, -, -, -, -, f32 2",
+            "sinks of shape [6]",
+        ),
+        (Op::Binary(Binary::Mod), "f32 4, f32 4", "integers"),
+        (Op::Binary(Binary::Add), "bf16 4, bf16 4", "numbers"),
+        (Op::MatMul, "bf16 2 3, bf16 3 4", "a float tensor"),
+        (
+            tail.clone(),
+            "f32 b t, const [3], const [9223372036854775807], const [1]",
+            "a negative start",
+        ),
+        (
+            tail,
+            "f32 b t, const [-3], const [9], const [1]",
+            "a negative start",
+        ),
+        (Op::GatherNd, "f32 t 4, i64 n 3", "q from 1 to 2"),
+        (Op::GatherNd, "f32 t 4, i32 n 1", "i64 [n, q]"),
+        (
+            Op::ScatterAdd,
+            "f32 t 4, i64 n 1, f32 n 5",
+            "updates of shape [n, 4]",
+        ),
+        (Op::TopK, "f32 t 5, const [6]", "1 to 5"),
+        (unique, "f32 t", "integers"),
+        (Op::ReduceSum, "f32 t 4, const [2]", "axes below 2"),
     ];
     let wrong: Vec<String> = cases
         .into_iter()

@@ -190,3 +190,176 @@ fn failures_name_the_tensor_or_the_file() {
     };
     assert_eq!(source.kind(), io::ErrorKind::NotFound);
 }
+
+/// A graph that reads `name` `[rows, cols]` in the given ways.
+fn reader(weights: Vec<WeightRef>) -> ValidGraph {
+    let mut b = GraphBuilder::new("reader");
+    for (i, weight) in weights.into_iter().enumerate() {
+        let value = b.weight(weight);
+        let same = b
+            .node(&format!("same{i}"), crate::ir::Op::Identity, &[value])
+            .unwrap();
+        b.output(&format!("out{i}"), same);
+    }
+    b.finish().unwrap()
+}
+
+fn stored(
+    name: &str,
+    source: [usize; 2],
+    transform: Transform,
+    dtype: DType,
+    shape: &[usize],
+) -> WeightRef {
+    WeightRef {
+        name: name.to_owned(),
+        source_shape: source.to_vec(),
+        transform,
+        dtype,
+        shape: shape.to_vec(),
+    }
+}
+
+#[test]
+fn bytes_and_halves_reach_the_file_as_they_are_stored() {
+    use mlac_model::Dtype;
+    let (rows, cols) = (600, 70);
+    let bits: Vec<u16> = (0..rows * cols).map(|k| (k % 0x7f80) as u16).collect();
+    let halves: Vec<u8> = bits.iter().flat_map(|b| b.to_le_bytes()).collect();
+    let bytes: Vec<u8> = (0..rows * cols).map(|k| (k % 255) as u8).collect();
+    let mut source = MemoryWeights::new();
+    source
+        .insert_stored("h", &[rows, cols], Dtype::BF16, halves.clone())
+        .unwrap();
+    source
+        .insert_stored("b", &[rows, cols], Dtype::U8, bytes.clone())
+        .unwrap();
+    let graph = reader(vec![
+        stored(
+            "h",
+            [rows, cols],
+            Transform::AsIs,
+            DType::BF16,
+            &[rows, cols],
+        ),
+        stored(
+            "h",
+            [rows, cols],
+            Transform::Transpose2D,
+            DType::BF16,
+            &[cols, rows],
+        ),
+        stored(
+            "h",
+            [rows, cols],
+            Transform::AsIs,
+            DType::F32,
+            &[rows, cols],
+        ),
+        stored(
+            "b",
+            [rows, cols],
+            Transform::Bytes,
+            DType::I32,
+            &[rows * cols / 4],
+        ),
+        stored(
+            "b",
+            [rows, cols],
+            Transform::Scales,
+            DType::U8,
+            &[rows, cols],
+        ),
+    ]);
+    let folder = tempfile::tempdir().unwrap();
+    let graphs = [("r.onnx", &graph)];
+    write_folder(folder.path(), &graphs, "w.data", &source, &mut |_| {}).unwrap();
+    let data = fs::read(folder.path().join("w.data")).unwrap();
+    let file = fs::read(folder.path().join("r.onnx")).unwrap();
+    let found: Vec<Vec<u8>> = model(&file).iter().map(|t| content(t, &data).1).collect();
+    assert_eq!(found[0], halves);
+    let turned: Vec<u8> = (0..cols)
+        .flat_map(|c| (0..rows).map(move |r| r * cols + c))
+        .flat_map(|k| bits[k].to_le_bytes())
+        .collect();
+    assert_eq!(found[1], turned);
+    let wide: Vec<u8> = bits
+        .iter()
+        .flat_map(|&b| (u32::from(b) << 16).to_le_bytes())
+        .collect();
+    assert_eq!(found[2], wide);
+    assert_eq!((&found[3], &found[4]), (&bytes, &bytes));
+    for (inside, outside) in model(&to_bytes(&graph, &source).unwrap())
+        .iter()
+        .zip(&found)
+    {
+        assert_eq!(inside.raw_data.as_ref(), Some(outside));
+    }
+}
+
+#[test]
+fn stored_numbers_that_are_none_are_refused() {
+    use mlac_model::Dtype;
+    let refused = |weight: WeightRef, dtype: Dtype, bytes: &[u8]| {
+        let mut source = MemoryWeights::new();
+        let shape = weight.source_shape.clone();
+        source
+            .insert_stored("w", &shape, dtype, bytes.to_vec())
+            .unwrap();
+        to_bytes(&reader(vec![weight]), &source)
+            .unwrap_err()
+            .to_string()
+    };
+    let shape = [1, 2];
+    let infinity = [0, 0, 0x80, 0x7f];
+    for transform in [Transform::AsIs, Transform::Transpose2D] {
+        let out = if transform == Transform::AsIs {
+            [1, 2]
+        } else {
+            [2, 1]
+        };
+        let weight = stored("w", shape, transform, DType::BF16, &out);
+        let found = refused(weight, Dtype::BF16, &infinity);
+        assert!(
+            found.starts_with("tensor w: expected finite numbers"),
+            "{found}"
+        );
+    }
+    let scales = stored("w", shape, Transform::Scales, DType::U8, &shape);
+    let found = refused(scales.clone(), Dtype::U8, &[3, 255]);
+    assert!(
+        found.starts_with("tensor w: expected scales that are not NaN, found the byte 255"),
+        "{found}"
+    );
+    let found = refused(scales, Dtype::BF16, &infinity);
+    assert!(
+        found.starts_with("tensor w: expected dtype U8, found dtype BF16"),
+        "{found}"
+    );
+    let plain = stored("w", shape, Transform::Bytes, DType::U8, &shape);
+    let mut source = MemoryWeights::new();
+    source
+        .insert_stored("w", &shape, Dtype::U8, vec![3, 255])
+        .unwrap();
+    assert!(to_bytes(&reader(vec![plain.clone()]), &source).is_ok());
+    source.insert("w", &shape, vec![1.0, 2.0]).unwrap();
+    let found = to_bytes(&reader(vec![plain]), &source)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        found.starts_with("tensor w: expected a source that has it as it is stored"),
+        "{found}"
+    );
+}
+
+#[test]
+fn a_full_disk_is_told_with_the_files_name() {
+    let full = Path::new("/dev/full");
+    if !full.exists() {
+        return;
+    }
+    let graph = graph("a", 1500, false, DType::F32);
+    let plan = Plan::new(&[("a.onnx", &graph)]);
+    let found = write_data(full, &plan, &weights(1500), &mut |_| {}).unwrap_err();
+    assert_eq!(found.to_string(), "/dev/full: cannot write");
+}
