@@ -8,6 +8,7 @@
     reason = "product names in prose: TensorRT, SmolLM2"
 )]
 
+pub mod allocator;
 pub mod doctor;
 pub mod error;
 pub mod find;

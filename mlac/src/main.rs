@@ -7,6 +7,7 @@ use mlac::cli::{args::Cli, commands};
 
 #[expect(clippy::print_stderr, reason = "errors go to standard error")]
 fn main() -> ExitCode {
+    mlac_engines::allocator::keep_large_blocks();
     let cli = Cli::parse();
     match commands::run(cli) {
         Ok(true) => ExitCode::SUCCESS,

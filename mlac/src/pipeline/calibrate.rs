@@ -165,7 +165,7 @@ impl<'a> Walk<'a> {
         let heads = self.run_converted(plan.layer, &in_memory(plan.layer, &tensors)?, &stream)?;
         if let Some(options) = method.refit() {
             let mut refit = OutputRefit::new(plan.layer, &weights.attention.shape);
-            for i in 0..heads.len() {
+            for i in 0..heads.count() {
                 let (heads, target) = (heads.get(i)?, targets.attention.get(i)?);
                 refit.accumulate(stream.tokens, numbers(&heads)?, numbers(&target)?)?;
             }
@@ -199,8 +199,8 @@ impl<'a> Walk<'a> {
         let mut runner = GraphRunner::open(&subject, &graph, self.checkpoint, &self.options)?;
         let input = self.original.copy()?;
         let shape = [1, input.tokens, self.converted.hidden_size];
-        let mut attention = Store::new(input.windows.len(), &shape)?;
-        for i in 0..input.windows.len() {
+        let mut attention = Store::new(input.windows.count(), &shape)?;
+        for i in 0..input.windows.count() {
             let mut out = input.run(&mut runner, i)?;
             attention.push(out.remove(1))?;
             self.original.windows.set(i, out.remove(0))?;
@@ -225,7 +225,7 @@ impl<'a> Walk<'a> {
             &weights.o.weight,
             self.statistics,
         )?;
-        for i in 0..source.windows.len() {
+        for i in 0..source.windows.count() {
             let out = source.run(&mut runner, i)?;
             statistics.accumulate(&WindowActivations {
                 tokens: source.tokens,
@@ -249,8 +249,8 @@ impl<'a> Walk<'a> {
         let subject = format!("converted layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, &source, &self.options)?;
         let width = self.converted.num_attention_heads * self.converted.head_dim;
-        let mut heads = Store::new(stream.windows.len(), &[1, stream.tokens, width])?;
-        for i in 0..stream.windows.len() {
+        let mut heads = Store::new(stream.windows.count(), &[1, stream.tokens, width])?;
+        for i in 0..stream.windows.count() {
             heads.push(stream.run(&mut runner, i)?.remove(0))?;
         }
         Ok(heads)
@@ -268,7 +268,7 @@ impl<'a> Walk<'a> {
         let source = Overlay::new(tensors, self.checkpoint);
         let subject = format!("rest of converted layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, &source, &self.options)?;
-        for i in 0..heads.len() {
+        for i in 0..heads.count() {
             let (hidden, heads) = (stream.windows.get(i)?, heads.get(i)?);
             let inputs = [("hidden", &hidden), ("attn_heads", &heads)];
             let out = runner.run_for(Tap::HiddenOut.name(), &inputs)?;

@@ -1,7 +1,11 @@
 //! GQA checkpoint to MLA checkpoint: plan, statistics, factors, shards.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
+use std::panic::resume_unwind;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread;
+use std::time::Duration;
 
 use mlac_converter::{RankChoice, Recipe, RefitOptions, StatisticsOptions, TransMla};
 use mlac_engines::ort::SessionOptions;
@@ -182,8 +186,7 @@ pub fn convert(request: &ConvertRequest<'_>, progress: Progress) -> Result<Recor
         request.max_shard,
     )?;
 
-    let rows = convert_layers(request, &config, windows.as_ref(), &writer, progress)?;
-    let digests = copy_rest(request, &config, &writer, progress)?;
+    let (rows, digests) = write_tensors(request, &config, windows.as_ref(), &writer, progress)?;
 
     let numbers = cache_plan(source, &request.layers, 1).numbers_per_token();
     let record = Record {
@@ -420,28 +423,58 @@ fn layer_row(plan: &LayerPlan, converted: ConvertedLayer) -> LayerRow {
     }
 }
 
+/// Converts the layers while all other tensors are copied beside: the one computes, the other
+/// waits for the disk. Returns what was converted and the digests of all the source's tensors.
+fn write_tensors(
+    request: &ConvertRequest<'_>,
+    config: &ModelConfig,
+    windows: Option<&Chosen>,
+    writer: &CheckpointWriter,
+    progress: Progress,
+) -> Result<(Vec<LayerRow>, BTreeMap<String, String>), Error> {
+    let copied = Copied::default();
+    thread::scope(|scope| {
+        let copy = scope.spawn(|| copy_rest(request, config, writer, &copied));
+        let rows = convert_layers(request, config, windows, writer, progress);
+        copied.stop.store(rows.is_err(), Ordering::Relaxed);
+        let total = request.checkpoint.tensors().len() as u64;
+        let stage = progress.stage("copying other tensors", total);
+        while !copy.is_finished() {
+            stage.at(copied.tensors.load(Ordering::Relaxed));
+            thread::sleep(Duration::from_millis(20));
+        }
+        drop(stage);
+        let digests = copy.join().unwrap_or_else(|panic| resume_unwind(panic));
+        Ok((rows?, digests?))
+    })
+}
+
+/// How far the copy is, and whether it shall end.
+#[derive(Default)]
+struct Copied {
+    tensors: AtomicU64,
+    stop: AtomicBool,
+}
+
 /// Copies every tensor that is not converted; returns the digests of all the source's tensors.
 fn copy_rest(
     request: &ConvertRequest<'_>,
     config: &ModelConfig,
     writer: &CheckpointWriter,
-    progress: Progress,
+    copied: &Copied,
 ) -> Result<BTreeMap<String, String>, Error> {
-    let wanted: std::collections::HashSet<String> = expected_tensors(config)
+    let wanted: HashSet<String> = expected_tensors(config)
         .into_iter()
         .map(|(name, _)| name)
         .filter(|name| !is_converted(request, config, name))
         .collect();
-    let checkpoint = request.checkpoint;
-    let total = checkpoint.tensors().len() as u64;
-    let stage = progress.stage("copying other tensors", total);
     let digests = copy_tensors(
-        checkpoint,
+        request.checkpoint,
         writer,
         |name| wanted.contains(name),
-        |info| {
-            stage.doing(&info.name);
-            stage.step();
+        |_| {
+            copied.tensors.fetch_add(1, Ordering::Relaxed);
+            !copied.stop.load(Ordering::Relaxed)
         },
     )?;
     Ok(digests)

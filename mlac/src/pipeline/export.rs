@@ -4,7 +4,7 @@ use std::path::Path;
 
 use mlac_graph::ValidGraph;
 use mlac_graph::builders::{
-    CacheProduct, DecoderOptions, GqaForm, MlaForm, Runtime, decoder_graph,
+    CacheProduct, DecoderOptions, GqaForm, MlaForm, Runtime, decoder_graph, decoder_graph_as_stored,
 };
 use mlac_graph::ir::DType;
 use mlac_graph::onnx::write_folder;
@@ -22,7 +22,7 @@ const DATA: &str = "decoder.onnx.data";
 /// What to write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ExportOptions {
-    /// Weights, activations and cache.
+    /// Activations and cache, and weights that the checkpoint does not have in 16 bits.
     pub dtype: DType,
     /// Form of layers that are not converted.
     pub gqa_form: GqaForm,
@@ -82,17 +82,19 @@ fn graphs(
     options: ExportOptions,
 ) -> Result<Vec<(&'static str, ValidGraph)>, Error> {
     let config = checkpoint.config();
+    // ONNX Runtime casts 16-bit weights when it loads them; TensorRT is given its own type.
     let graph = |mla_form| {
-        decoder_graph(
-            config,
-            &DecoderOptions {
-                dtype: options.dtype,
-                mla_form,
-                gqa_form: options.gqa_form,
-                runtime: options.runtime,
-                product: CacheProduct::default(),
-            },
-        )
+        let options = DecoderOptions {
+            dtype: options.dtype,
+            mla_form,
+            gqa_form: options.gqa_form,
+            runtime: options.runtime,
+            product: CacheProduct::default(),
+        };
+        match options.runtime {
+            Runtime::Standard => decoder_graph_as_stored(config, &options, checkpoint),
+            Runtime::TensorRt => decoder_graph(config, &options),
+        }
     };
     let mut graphs = vec![("decoder.onnx", graph(MlaForm::Absorbed)?)];
     if config.mla.is_some() {

@@ -4,7 +4,6 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::PathBuf;
 
 use mlac_engines::ort::{HostTensor, Value};
 
@@ -49,7 +48,7 @@ impl Store {
     }
 
     /// Tensors in it.
-    pub fn len(&self) -> usize {
+    pub fn count(&self) -> usize {
         self.count
     }
 
@@ -116,7 +115,7 @@ impl Store {
 }
 
 fn failed(source: io::Error) -> Error {
-    Error::io(&PathBuf::from("a temporary file of hidden states"), source)
+    Error::io("a temporary file of hidden states", source)
 }
 
 #[cfg(test)]
@@ -139,7 +138,7 @@ mod tests {
             }
             let copy = store.copy().unwrap();
             store.set(1, tensor(0.5)).unwrap();
-            assert_eq!(store.len(), 3);
+            assert_eq!(store.count(), 3);
             for (store, firsts) in [(&store, [0.0, 0.5, 20.0]), (&copy, [0.0, 10.0, 20.0])] {
                 for (i, first) in firsts.iter().enumerate() {
                     let found = store.get(i).unwrap();

@@ -173,7 +173,7 @@ impl HiddenStates {
         let graph = layer_graph(config, layer, &taps(&[Tap::HiddenOut]))?;
         let subject = format!("layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, weights, options)?;
-        for i in 0..self.windows.len() {
+        for i in 0..self.windows.count() {
             let mut out = self.run(&mut runner, i)?;
             self.windows.set(i, out.remove(0))?;
         }
@@ -183,7 +183,7 @@ impl HiddenStates {
     /// `|self - reference|_F / |reference|_F`.
     pub fn relative_distance(&self, reference: &Self) -> Result<f64, Error> {
         let (mut difference, mut size) = (0.0_f64, 0.0_f64);
-        for i in 0..self.windows.len() {
+        for i in 0..self.windows.count() {
             let (a, b) = (self.windows.get(i)?, reference.windows.get(i)?);
             for (x, y) in numbers(&a)?.iter().zip(numbers(&b)?) {
                 difference += f64::from(x - y).powi(2);

@@ -46,13 +46,14 @@ impl CheckpointWriter {
 /// [`CheckpointWriter::copy_from`] does; returns the digests of all the source's tensors by name,
 /// copied or not.
 ///
-/// Two tensors are in flight at a time, the largest first, and `done` hears of each; memory is a
-/// few megabytes. Nothing in the output depends on the order. After a failure no tensor is begun.
+/// Two tensors are in flight at a time, the largest first; memory is a few megabytes. `done` hears
+/// of each and says whether to go on. Nothing in the output depends on the order. After a failure
+/// no tensor is begun.
 pub fn copy_tensors(
     source: &Checkpoint,
     writer: &CheckpointWriter,
     wanted: impl Fn(&str) -> bool + Sync,
-    done: impl Fn(&TensorInfo) + Sync,
+    done: impl Fn(&TensorInfo) -> bool + Sync,
 ) -> Result<BTreeMap<String, String>, Error> {
     let mut queue = Vec::with_capacity(source.tensors().len());
     for info in source.tensors() {
@@ -83,7 +84,9 @@ pub fn copy_tensors(
                 return;
             }
             drop(outcome);
-            done(info);
+            if !done(info) {
+                next.store(queue.len(), Ordering::Relaxed);
+            }
         }
     };
     thread::scope(|scope| {
