@@ -3,7 +3,7 @@
 use std::io;
 
 use half::{f16, slice::HalfFloatSliceExt};
-use mlac_model::{Dtype, Refusal, mxfp4::SCALE_NAN};
+use mlac_model::{Dtype, Refusal, mxfp4::SCALE_NAN, tensor::f32_from_bytes};
 use rayon::prelude::*;
 
 use super::StoredTensor;
@@ -287,21 +287,63 @@ pub(super) fn write_weight(
             layout.fill(source, first, &mut numbers[..count]);
             &numbers[..count]
         };
-        check_finite(weight, piece).map_err(LayoutError::Refused)?;
-        let bytes: &[u8] = if weight.dtype == DType::F16 {
-            halves.resize(count, f16::ZERO);
-            halves
-                .par_chunks_mut(1 << 16)
-                .zip(piece.par_chunks(1 << 16))
-                .for_each(|(out, x)| out.convert_from_f32_slice(x));
-            check_half(weight, piece, &halves).map_err(LayoutError::Refused)?;
-            bytemuck::cast_slice(&halves)
-        } else {
-            bytemuck::cast_slice(piece)
-        };
-        sink(bytes).map_err(LayoutError::Io)?;
+        hand_on(weight, piece, &mut halves, sink)?;
     }
     Ok(())
+}
+
+/// [`write_weight`] of a tensor that keeps its order, from the bytes of `stored`, which is never in
+/// memory as a whole.
+pub(super) fn write_in_order(
+    weight: &WeightRef,
+    stored: &StoredTensor<'_>,
+    sink: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+) -> Result<(), LayoutError> {
+    let needed = weight.source_shape.iter().product::<usize>() * stored.dtype().size();
+    let refuse = |expected: String, found: String| {
+        LayoutError::Refused(Refusal::new(
+            format!("tensor {}", weight.name),
+            expected,
+            found,
+            "check that the source belongs to this configuration",
+        ))
+    };
+    if stored.len() != needed {
+        let (expected, found) = (format!("{needed} bytes"), format!("{} bytes", stored.len()));
+        return Err(refuse(expected, found));
+    }
+    let mut buffer = vec![0; CHUNK.min(needed)];
+    let mut halves = vec![];
+    for offset in (0..needed).step_by(CHUNK) {
+        let bytes = &mut buffer[..CHUNK.min(needed - offset)];
+        stored.read_at(offset, bytes).map_err(LayoutError::Source)?;
+        let numbers = f32_from_bytes(stored.dtype(), bytes)
+            .ok_or_else(|| refuse("numbers".to_owned(), stored.dtype().to_string()))?;
+        hand_on(weight, &numbers, &mut halves, sink)?;
+    }
+    Ok(())
+}
+
+/// Checks a piece, gives it the weight's type and hands it to `sink`.
+fn hand_on(
+    weight: &WeightRef,
+    piece: &[f32],
+    halves: &mut Vec<f16>,
+    sink: &mut dyn FnMut(&[u8]) -> io::Result<()>,
+) -> Result<(), LayoutError> {
+    check_finite(weight, piece).map_err(LayoutError::Refused)?;
+    let bytes: &[u8] = if weight.dtype == DType::F16 {
+        halves.resize(piece.len(), f16::ZERO);
+        halves
+            .par_chunks_mut(1 << 16)
+            .zip(piece.par_chunks(1 << 16))
+            .for_each(|(out, x)| out.convert_from_f32_slice(x));
+        check_half(weight, piece, halves).map_err(LayoutError::Refused)?;
+        bytemuck::cast_slice(halves)
+    } else {
+        bytemuck::cast_slice(piece)
+    };
+    sink(bytes).map_err(LayoutError::Io)
 }
 
 fn check_finite(weight: &WeightRef, piece: &[f32]) -> Result<(), Refusal> {

@@ -7,10 +7,14 @@ use prost::Message as _;
 
 use super::{
     WeightSource,
-    layout::{LayoutError, stored_type, write_stored, write_weight},
+    layout::{LayoutError, stored_type, write_in_order, write_stored, write_weight},
     lower,
 };
-use crate::{error::Error, ir::WeightRef, validate::ValidGraph};
+use crate::{
+    error::Error,
+    ir::{Transform, WeightRef},
+    validate::ValidGraph,
+};
 
 /// Largest message that every reader takes, in bytes; protobuf's own limit is 2 GiB.
 const LARGEST: usize = (2 << 30) - (1 << 20);
@@ -84,6 +88,16 @@ pub(super) fn stream(
             "numbers only",
             "write from the checkpoint",
         ))));
+    }
+    let floats = [Dtype::F32, Dtype::F16, Dtype::BF16];
+    let dtype = source.dtype(&weight.name);
+    if weight.transform == Transform::AsIs && dtype.is_some_and(|d| floats.contains(&d)) {
+        let stored = source
+            .stored(&weight.name, &weight.source_shape)
+            .map_err(failed)?;
+        if let Some(stored) = stored {
+            return write_in_order(weight, &stored, sink).map_err(laid_out);
+        }
     }
     let numbers = source
         .f32(&weight.name, &weight.source_shape)

@@ -297,6 +297,40 @@ fn bytes_and_halves_reach_the_file_as_they_are_stored() {
     }
 }
 
+/// bf16 to f16 and f32 in order, more than is read at once.
+#[test]
+fn stored_numbers_change_their_type_in_pieces() {
+    use half::{bf16, f16};
+    use mlac_model::Dtype;
+    let (rows, cols) = (1030, 4100);
+    let number = |k: usize| bf16::from_f32((k % 251) as f32 / 8.0);
+    let bytes = (0..rows * cols).flat_map(|k| number(k).to_le_bytes());
+    let mut source = MemoryWeights::new();
+    let shape = [rows, cols];
+    source
+        .insert_stored("w", &shape, Dtype::BF16, bytes.collect())
+        .unwrap();
+    let as_is = |dtype| reader(vec![stored("w", shape, Transform::AsIs, dtype, &shape)]);
+    let bytes = |dtype| {
+        let tensors = model(&to_bytes(&as_is(dtype), &source).unwrap());
+        tensors[0].raw_data.clone().unwrap()
+    };
+    let halves = (0..rows * cols).flat_map(|k| f16::from_f32(number(k).to_f32()).to_le_bytes());
+    assert!(bytes(DType::F16).into_iter().eq(halves));
+    let floats = (0..rows * cols).flat_map(|k| number(k).to_f32().to_le_bytes());
+    assert!(bytes(DType::F32).into_iter().eq(floats));
+    let large = bf16::from_f32(1e6).to_le_bytes().repeat(2);
+    source
+        .insert_stored("w", &[1, 2], Dtype::BF16, large)
+        .unwrap();
+    let weight = stored("w", [1, 2], Transform::AsIs, DType::F16, &[1, 2]);
+    let found = to_bytes(&reader(vec![weight]), &source).unwrap_err();
+    assert!(
+        found.to_string().contains("numbers that f16 holds"),
+        "{found}"
+    );
+}
+
 #[test]
 fn stored_numbers_that_are_none_are_refused() {
     use mlac_model::Dtype;
