@@ -2,6 +2,7 @@
 
 mod gguf;
 mod gguf_damage;
+mod mutated;
 mod naive;
 mod open;
 mod safetensors;
