@@ -4,13 +4,16 @@ use std::fs;
 use std::path::Path;
 
 use mlac_graph::ValidGraph;
-use mlac_graph::builders::{DecoderOptions, GqaForm, MlaForm, decoder_graph};
+use mlac_graph::builders::{
+    DecoderOptions, GqaForm, MlaForm, Runtime, decoder_graph, decoder_graph_as_stored,
+};
 use mlac_graph::onnx::write_folder;
 use mlac_model::Checkpoint;
 
 use crate::{Outcome, text};
 
-/// Options of an export in f32 for any runtime, everything else as the product has it.
+/// Options of an export in f32 for any runtime, everything else as the product has it: weights that
+/// the checkpoint has in 16 bits keep them.
 pub fn standard() -> DecoderOptions {
     DecoderOptions::default()
 }
@@ -53,7 +56,13 @@ fn write(checkpoint: &Path, folder: &Path, files: &[(&str, DecoderOptions)]) -> 
     };
     let graphs: Vec<(&str, ValidGraph)> = files
         .iter()
-        .map(|(name, options)| Ok((*name, decoder_graph(config, options).map_err(text)?)))
+        .map(|(name, options)| {
+            let graph = match options.runtime {
+                Runtime::Standard => decoder_graph_as_stored(config, options, &checkpoint),
+                Runtime::TensorRt => decoder_graph(config, options),
+            };
+            Ok((*name, graph.map_err(text)?))
+        })
         .collect::<Outcome<_>>()?;
     let named: Vec<(&str, &ValidGraph)> =
         graphs.iter().map(|(name, graph)| (*name, graph)).collect();

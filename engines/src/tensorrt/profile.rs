@@ -114,7 +114,7 @@ impl Profile {
             max: self.past.max + self.seq.max,
         };
         let varying: &[(usize, Range)] = match input.name.as_str() {
-            "input_ids" | "position_ids" => &[(0, self.batch), (1, self.seq)],
+            "input_ids" | "position_ids" | "hidden" => &[(0, self.batch), (1, self.seq)],
             "attention_mask" => &[(0, self.batch), (1, total)],
             name if name.starts_with("past_latent.") => &[(0, self.batch), (1, self.past)],
             name if name.starts_with("past_key_values.") => &[(0, self.batch), (2, self.past)],
