@@ -14,8 +14,9 @@ use sha2::{Digest, Sha256};
 use super::{Checkpoint, CheckpointWriter};
 use crate::{Error, TensorInfo, tensor::check_finite_bytes};
 
-/// Bytes read, hashed and written at once; a whole number of elements of every type.
-const CHUNK: usize = 1 << 20;
+/// Bytes read, hashed and written at once, so few that they stay in the cache of a core; a whole
+/// number of elements of every type.
+const CHUNK: usize = 256 << 10;
 
 /// Tensors in flight: one a core while one hashes and another waits for the disk.
 const IN_FLIGHT: usize = 2;

@@ -36,8 +36,9 @@ use crate::{
 /// Largest JSON file that is read into memory.
 const LARGEST_JSON: u64 = 256 << 20;
 
-/// Bytes of a tensor that are read at once; a whole number of elements of every type.
-const CHUNK: usize = 1 << 20;
+/// Bytes of a tensor that are read at once, so few that they stay in the cache of a core; a whole
+/// number of elements of every type.
+const CHUNK: usize = 256 << 10;
 
 /// Files beside the weights that belong to a model, in the order they are listed.
 const SIDE_FILES: [&str; 11] = [
