@@ -21,6 +21,7 @@ use crate::pipeline::compile::{CompileRequest, compile};
 use crate::pipeline::convert::{Calibration, ConvertRequest, Method, Record, convert, pretty};
 use crate::pipeline::export::{ExportOptions, export};
 use crate::pipeline::ranks::{RankRequest, cache_plan};
+use crate::report::data::HEADLINE_CONTEXT;
 use crate::pipeline::subject::Subject;
 use crate::pipeline::{bench, build, evaluate, generate, steps, verify};
 use crate::progress::Progress;
@@ -129,17 +130,28 @@ struct PlanRow {
     decode_floor_speedup: f64,
 }
 
+/// Bytes of weights that a decode step of one sequence reads: of the experts those that are chosen.
+fn weights_read(checkpoint: &Checkpoint) -> Result<u64, Error> {
+    let mut total = 0.0;
+    for info in checkpoint.tensors() {
+        let share = match &checkpoint.config().moe {
+            Some(moe) if info.name.contains(".mlp.experts.") => {
+                moe.experts_per_token as f64 / moe.num_experts as f64
+            }
+            _ => 1.0,
+        };
+        total += share * info.byte_len()? as f64;
+    }
+    Ok(total as u64)
+}
+
 fn plan(args: &PlanArgs, context: Context) -> Result<bool, Error> {
     let checkpoint = Checkpoint::open(&args.model)?;
     let config = checkpoint.config();
     let (layers, note) = request(&args.ranks, &checkpoint)?.plan(config)?;
     let cache = cache_plan(config, &layers, args.cache_bytes);
     let numbers = cache.numbers_per_token();
-    let weights: u64 = checkpoint
-        .tensors()
-        .iter()
-        .map(|t| t.element_count().unwrap_or(0) as u64 * args.cache_bytes)
-        .sum();
+    let weights = weights_read(&checkpoint)?;
     let rows: Vec<PlanRow> = args
         .contexts
         .iter()
@@ -303,12 +315,16 @@ fn run_convert(args: &ConvertArgs, context: Context) -> Result<bool, Error> {
         context,
     )?;
     let record = convert(&request, context.progress)?;
-    context.show(&record, &convert_text(&record, &args.output))?;
+    context.show(&record, &convert_text(&request, &record))?;
     Ok(true)
 }
 
+/// Bytes of a cached number in summaries.
+const CACHED_BYTES: u64 = 2;
+
 /// The result of a conversion for people.
-fn convert_text(record: &Record, output: &Path) -> String {
+fn convert_text(request: &ConvertRequest<'_>, record: &Record) -> String {
+    let plan = cache_plan(request.checkpoint.config(), &request.layers, CACHED_BYTES);
     let number = |v: Option<f64>| v.map_or_else(|| "-".to_owned(), |v| format!("{v:.4}"));
     let rows: Vec<Vec<String>> = record
         .layers
@@ -342,11 +358,12 @@ fn convert_text(record: &Record, output: &Path) -> String {
     }
     let _ = writeln!(
         text,
-        "{}: {} numbers a token instead of {} ({:.1} %)",
-        output.display(),
-        record.mla_cache_numbers,
-        record.gqa_cache_numbers,
-        100.0 * record.mla_cache_numbers as f64 / record.gqa_cache_numbers as f64
+        "{}: {} cached at {} tokens instead of {} ({:.1} %), {CACHED_BYTES} bytes a number",
+        request.output.display(),
+        show_bytes(plan.mla_bytes(HEADLINE_CONTEXT)),
+        show_tokens(HEADLINE_CONTEXT),
+        show_bytes(plan.gqa_bytes(HEADLINE_CONTEXT)),
+        100.0 * plan.mla_bytes(HEADLINE_CONTEXT) as f64 / plan.gqa_bytes(HEADLINE_CONTEXT).max(1) as f64
     );
     text
 }

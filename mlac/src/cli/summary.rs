@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use super::units::{show_bytes, show_tokens};
-use crate::report::data::Report;
+use crate::report::data::{HEADLINE_CONTEXT, Report};
 
 /// The summary.
 pub fn text(report: &Report, output: &Path) -> String {
@@ -12,10 +12,9 @@ pub fn text(report: &Report, output: &Path) -> String {
     let _ = writeln!(out, "{}", report.shape);
     let _ = writeln!(
         out,
-        "cache       {} numbers a token instead of {} ({:.1} %)",
-        report.mla_cache_numbers,
-        report.gqa_cache_numbers,
-        100.0 * report.mla_cache_numbers as f64 / report.gqa_cache_numbers as f64
+        "cache       {:.1} % at {} tokens",
+        100.0 * report.cache_share(),
+        show_tokens(HEADLINE_CONTEXT)
     );
     for point in &report.cache {
         if matches!(point.context, 4096 | 32768) {

@@ -112,7 +112,7 @@ pub struct StageTime {
 }
 
 /// The context at which a report sums up the cache in one figure.
-const HEADLINE_CONTEXT: usize = 1 << 15;
+pub const HEADLINE_CONTEXT: usize = 1 << 15;
 
 impl Report {
     /// The cache at the context that stands for all.
