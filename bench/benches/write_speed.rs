@@ -5,13 +5,12 @@ use std::path::Path;
 use std::process::Command;
 
 use criterion::{BatchSize, Criterion, criterion_group};
-use mlac::pipeline::convert::{Calibration, ConvertRequest, Method, convert};
+use mlac::pipeline::convert::{Calibration, ConvertRequest, LayerPlan, Method, convert};
 use mlac::pipeline::export::{ExportOptions, export};
-use mlac::pipeline::ranks::{LayerChoice, RankRequest};
 use mlac::progress::Progress;
 use mlac_bench::random_model::RandomLlama;
 use mlac_bench::{estimates, results};
-use mlac_converter::{Budget, Recipe};
+use mlac_converter::{AttentionShape, RankChoice, Recipe};
 use mlac_graph::builders::{GqaForm, Runtime};
 use mlac_graph::ir::DType;
 use mlac_model::{Checkpoint, Dtype};
@@ -27,11 +26,10 @@ const MODEL: RandomLlama = RandomLlama {
 };
 
 fn convert_to(checkpoint: &Checkpoint, output: &Path) {
-    let request = RankRequest {
-        budget: Budget::Exact,
-        layers: LayerChoice::All,
-    };
-    let (layers, _) = request.plan(checkpoint.config()).expect("a plan");
+    let ranks = RankChoice::exact(&AttentionShape::of(checkpoint.config()));
+    let layers = (0..MODEL.layers)
+        .map(|layer| LayerPlan { layer, ranks })
+        .collect();
     let request = ConvertRequest {
         checkpoint,
         output,

@@ -1,5 +1,6 @@
-//! What the benches share: random models, criterion's figures, and the file they go to.
+//! What the benches share: random models, criterion's figures, comparisons of quality, and the file they go to.
 
 pub mod estimates;
+pub mod quality;
 pub mod random_model;
 pub mod results;

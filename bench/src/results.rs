@@ -68,13 +68,14 @@ pub fn commit() -> String {
     let Some(head) = git(&["rev-parse", "--short=10", "HEAD"]) else {
         return "unknown (no git)".to_owned();
     };
+    // Pictures and prose change no figure.
     let changed = git(&[
         "status",
         "--porcelain",
         "--",
-        ".",
-        ":!RESULTS.md",
-        ":!*.svg",
+        ":/",
+        ":(top,exclude,glob)**/*.md",
+        ":(top,exclude,glob)**/*.svg",
     ])
     .is_none_or(|s| !s.is_empty());
     if changed { format!("{head}+") } else { head }
