@@ -10,6 +10,7 @@
 //!
 //! [`rank`] turns a budget into ranks and [`plan`] into bytes, before any work.
 
+pub mod allocate;
 mod attention;
 mod error;
 pub mod error_eval;
@@ -23,6 +24,7 @@ mod report;
 pub mod statistics;
 pub mod steps;
 
+pub use allocate::{CurvePoint, LayerCurve};
 pub use error::Error;
 pub use error_eval::{LayerEvaluator, layer_error};
 pub use layer::{

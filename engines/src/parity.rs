@@ -305,7 +305,7 @@ fn log_sum_exp(logits: &[f32]) -> f64 {
 }
 
 /// KL(softmax(a) || softmax(b)) in nats; rounding below zero is zero.
-fn divergence(a: &[f32], b: &[f32]) -> f64 {
+pub fn divergence(a: &[f32], b: &[f32]) -> f64 {
     let (za, zb) = (log_sum_exp(a), log_sum_exp(b));
     let sum: f64 = a
         .iter()

@@ -26,6 +26,13 @@ impl Progress {
         }
     }
 
+    /// Tells something between stages.
+    pub fn note(self, text: &str) {
+        if self != Self::Silent {
+            say(text);
+        }
+    }
+
     /// Starts a stage of `total` steps.
     pub fn stage(self, title: &str, total: u64) -> Stage {
         let bar = match self {

@@ -85,8 +85,9 @@ impl Windows {
             .collect()
     }
 
-    /// Indices of `wanted` windows spread evenly over the text, as calibration uses them; refuses too short a text.
-    pub fn spread(&self, wanted: usize, path: &Path) -> Result<Vec<usize>, Error> {
+    /// Indices of `wanted` windows spread evenly over the text, as calibration uses them; `seed` moves
+    /// each inside its share of the text (0: to its start). Refuses too short a text.
+    pub fn spread(&self, wanted: usize, seed: u64, path: &Path) -> Result<Vec<usize>, Error> {
         let have = self.count();
         if wanted == 0 || wanted > have {
             return Err(Refusal::new(
@@ -97,6 +98,18 @@ impl Windows {
             )
             .into());
         }
-        Ok((0..wanted).map(|i| i * have / wanted).collect())
+        // Fibonacci hashing: consecutive seeds land far from each other.
+        let moved = |i: usize, share: usize| {
+            let hash = seed
+                .wrapping_mul(i as u64 + 1)
+                .wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            (hash >> 32) as usize % share
+        };
+        Ok((0..wanted)
+            .map(|i| {
+                let (start, end) = (i * have / wanted, (i + 1) * have / wanted);
+                start + moved(i, end - start)
+            })
+            .collect())
     }
 }

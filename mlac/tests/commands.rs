@@ -91,11 +91,9 @@ fn the_parts_of_the_way_one_by_one() {
     bench.run(&convert).succeeds();
     let record: serde_json::Value =
         serde_json::from_slice(&fs::read(bench.path("mla/mlac.json")).unwrap()).unwrap();
-    assert_eq!(
-        record["mla_cache_numbers"].as_u64(),
-        Some(planned),
-        "the record and the plan agree"
-    );
+    // The plan without calibration is an even one; a measured one keeps the same budget.
+    let cached = record["mla_cache_numbers"].as_u64().unwrap();
+    assert!(cached <= planned, "{cached} of {planned} numbers");
     assert_eq!(record["calibration"]["windows"], 4);
     let config: serde_json::Value =
         serde_json::from_slice(&fs::read(bench.path("mla/config.json")).unwrap()).unwrap();
@@ -161,10 +159,10 @@ fn the_parts_of_the_way_one_by_one() {
         .succeeds();
     let said: serde_json::Value = serde_json::from_str(&said).unwrap();
     assert!(said["tokens"].as_u64().unwrap() <= 5);
-    let cached = said["cache_bytes_per_token"].as_f64().unwrap();
+    let bytes = said["cache_bytes_per_token"].as_f64().unwrap();
     assert!(
-        (cached - 4.0 * planned as f64).abs() < 1e-9,
-        "f32 cache of {planned} numbers, found {cached} bytes"
+        (bytes - 4.0 * cached as f64).abs() < 1e-9,
+        "f32 cache of {cached} numbers, found {bytes} bytes"
     );
 
     bench.run(&["export", "model", "-o", "gqa"]).succeeds();

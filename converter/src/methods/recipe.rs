@@ -4,14 +4,17 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, refuse};
 use crate::error_eval::LayerEvaluator;
-use crate::layer::{LayerFactors, LayerWeights, RankChoice};
+use crate::layer::{AttentionShape, Component, LayerFactors, LayerWeights, RankChoice};
+use crate::linalg::Matrix;
 use crate::report::{LayerReport, normalised};
 use crate::statistics::LayerStatistics;
-use crate::steps::absorb::split;
+use crate::steps::absorb::{Split, split};
 use crate::steps::balance::{Balance, balance};
 use crate::steps::basis::{Basis, components};
 use crate::steps::constant::{Constant, constants};
-use crate::steps::lowrank::{JointProblem, Metric, QueryWeights, query_energy, query_moments};
+use crate::steps::lowrank::{
+    Decomposed, JointProblem, Metric, QueryWeights, query_energy, query_moments,
+};
 use crate::steps::polish::{PolishOptions, polish};
 use crate::steps::refit::RefitOptions;
 use crate::steps::select::{Selection, importance, select};
@@ -63,13 +66,42 @@ impl Default for Recipe {
     }
 }
 
-/// Converts one layer.
-pub fn convert_layer(
+/// Everything of a conversion that depends on `d_r` but not on r.
+#[derive(Debug, Clone)]
+pub(crate) struct Prepared {
+    shape: AttentionShape,
+    moment: Matrix<f64>,
+    queries: Vec<Matrix<f64>>,
+    components: Vec<Component>,
+    importance: Vec<f64>,
+    kept: Vec<usize>,
+    split: Split,
+    problem: JointProblem,
+}
+
+impl Prepared {
+    /// The joint problem's principal components at one balance.
+    pub(crate) fn decompose(&self, beta: f64) -> Result<Decomposed, Error> {
+        self.problem.decompose(beta)
+    }
+}
+
+impl Decomposed {
+    /// The factors at `ranks`, whose `d_r` is that of `prepared`.
+    pub(crate) fn cut(&self, prepared: &Prepared, ranks: RankChoice) -> LayerFactors {
+        prepared
+            .problem
+            .cut(&prepared.shape, &prepared.split, ranks, self)
+    }
+}
+
+/// The steps up to the joint low rank.
+pub(crate) fn prepare(
     weights: &LayerWeights,
     statistics: &LayerStatistics,
     ranks: RankChoice,
     recipe: &Recipe,
-) -> Result<(LayerFactors, LayerReport), Error> {
+) -> Result<Prepared, Error> {
     check(weights, statistics, ranks)?;
     recipe.token_weights.check()?;
     let attention = &weights.attention;
@@ -95,6 +127,35 @@ pub fn convert_layer(
     );
     let split = split(attention, &components, &kept, &constants);
     let problem = JointProblem::new(statistics, &split, &moment, &queries, recipe.metric)?;
+    Ok(Prepared {
+        shape,
+        moment,
+        queries,
+        components,
+        importance,
+        kept,
+        split,
+        problem,
+    })
+}
+
+/// Converts one layer.
+pub fn convert_layer(
+    weights: &LayerWeights,
+    statistics: &LayerStatistics,
+    ranks: RankChoice,
+    recipe: &Recipe,
+) -> Result<(LayerFactors, LayerReport), Error> {
+    let Prepared {
+        shape,
+        moment,
+        queries,
+        components,
+        importance,
+        kept,
+        split,
+        problem,
+    } = prepare(weights, statistics, ranks, recipe)?;
     let evaluator = LayerEvaluator::new(statistics, &weights.o.weight);
     let balanced = balance(
         &shape,

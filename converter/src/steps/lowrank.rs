@@ -14,7 +14,7 @@ use serde::{Deserialize, Serialize};
 use super::absorb::Split;
 use crate::error::Error;
 use crate::layer::{AttentionShape, LayerFactors, RankChoice};
-use crate::linalg::{Matrix, PsdRoots, orthonormal_rows, psd_roots, symmetric_eigen};
+use crate::linalg::{Eigen, Matrix, PsdRoots, orthonormal_rows, psd_roots, symmetric_eigen};
 use crate::statistics::LayerStatistics;
 
 /// Metric in which the low rank is taken.
@@ -165,13 +165,35 @@ impl JointProblem {
         ranks: RankChoice,
         beta: f64,
     ) -> Result<(LayerFactors, Vec<f64>), Error> {
-        let (plain, r, d) = (self.plain, ranks.kv_lora_rank, shape.head_dim);
+        let decomposed = self.decompose(beta)?;
+        let factors = self.cut(shape, split, ranks, &decomposed);
+        Ok((factors, decomposed.eigen.values))
+    }
+
+    /// The principal components of `E_w[y y^T]` at one beta.
+    pub(crate) fn decompose(&self, beta: f64) -> Result<Decomposed, Error> {
+        let plain = self.plain;
         let weight = |i: usize| if i < plain { 1.0 } else { beta };
         let size = self.moment.rows();
         let weighted = Matrix::from_fn(size, size, |i, j| {
             self.moment[(i, j)] * weight(i) * weight(j)
         });
         let eigen = symmetric_eigen(&weighted, "joint second moment of keys and values")?;
+        Ok(Decomposed { beta, eigen })
+    }
+
+    /// The factors that keep the first r principal components.
+    pub(crate) fn cut(
+        &self,
+        shape: &AttentionShape,
+        split: &Split,
+        ranks: RankChoice,
+        decomposed: &Decomposed,
+    ) -> LayerFactors {
+        let Decomposed { beta, eigen } = decomposed;
+        let (plain, r, d) = (self.plain, ranks.kv_lora_rank, shape.head_dim);
+        let weight = |i: usize| if i < plain { 1.0 } else { *beta };
+        let size = self.moment.rows();
         let basis = eigen.vectors.col_range(0, r);
 
         // c = V_r^T y, then turned to orthonormal encoder rows: E = L Q, c' = Q s, decoders times L.
@@ -190,7 +212,7 @@ impl JointProblem {
             .times(&lower);
         value_decoder.scale(1.0 / beta);
 
-        let factors = LayerFactors {
+        LayerFactors {
             shape: *shape,
             ranks,
             encoder: orthonormal.stack(&split.rotary),
@@ -208,9 +230,15 @@ impl JointProblem {
             inv_freq: split.inv_freq.clone(),
             o: None,
             o_bias: None,
-        };
-        Ok((factors, eigen.values))
+        }
     }
+}
+
+/// Principal components of the joint moment at one balance of keys and values.
+#[derive(Debug, Clone)]
+pub(crate) struct Decomposed {
+    beta: f64,
+    eigen: Eigen,
 }
 
 fn scaled_identity(n: usize, factor: f64) -> PsdRoots {

@@ -72,6 +72,9 @@ pub struct RankArgs {
     /// Numbers in the shared rotary key [with `--kv-lora-rank max`: all of them].
     #[arg(long, value_name = "D")]
     pub rope_dim: Option<usize>,
+    /// Ranks are multiples of this (a power of two) where the budget has room for it.
+    #[arg(long, default_value_t = 16)]
+    pub align: usize,
     /// Which layers to convert: full (those without a sliding window), all, or a list such as 1,3,5.
     #[arg(long, default_value = "full")]
     pub layers: String,
@@ -127,6 +130,9 @@ pub struct CalibArgs {
     /// Tokens in a calibration window; statistics must see long distances.
     #[arg(long, value_parser = units::tokens, default_value = "2048")]
     pub calib_window: usize,
+    /// Which windows of the text: 0 spreads them from its start, other numbers shift them.
+    #[arg(long, default_value_t = 0)]
+    pub calib_seed: u64,
     /// Query rows sampled in a window for attention statistics.
     #[arg(long, default_value_t = 256)]
     pub query_rows: usize,

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use mlac_converter::{Budget, RankChoice};
+use mlac_converter::{Budget, RankChoice, Recipe};
 use mlac_engines::parity::Tolerance;
 use mlac_engines::tensorrt::{Profiles, Target};
 use mlac_graph::builders::{GqaForm, Runtime};
@@ -17,14 +17,18 @@ use super::args::{
 };
 use super::units::{show_bytes, show_tokens, table};
 use crate::error::Error;
+use crate::pipeline::allocate::{self, AllocateRequest};
 use crate::pipeline::compile::{CompileRequest, compile};
-use crate::pipeline::convert::{Calibration, ConvertRequest, Method, Record, convert, pretty};
+use crate::pipeline::convert::{
+    Calibration, ConvertRequest, LayerPlan, Method, Record, convert, pretty, read_windows,
+    statistics_options,
+};
 use crate::pipeline::export::{ExportOptions, export};
 use crate::pipeline::ranks::{RankRequest, cache_plan};
-use crate::report::data::HEADLINE_CONTEXT;
 use crate::pipeline::subject::Subject;
 use crate::pipeline::{bench, build, evaluate, generate, steps, verify};
 use crate::progress::Progress;
+use crate::report::data::HEADLINE_CONTEXT;
 
 /// What every command shares.
 #[derive(Debug, Clone, Copy)]
@@ -108,6 +112,7 @@ fn request(ranks: &RankArgs, checkpoint: &Checkpoint) -> Result<RankRequest, Err
         ranks.kv_lora_rank.as_deref(),
         ranks.rope_dim,
         &ranks.layers,
+        ranks.align,
         checkpoint.config(),
     )
 }
@@ -224,7 +229,9 @@ fn plan(args: &PlanArgs, context: Context) -> Result<bool, Error> {
     Ok(true)
 }
 
-fn method(args: &CalibArgs) -> Result<(Method, bool), Error> {
+/// The method, whether calibration is sequential, and whether a budget is distributed by measured
+/// loss.
+fn method(args: &CalibArgs) -> Result<(Method, bool, bool), Error> {
     let steps = steps::resolve(&args.steps)?;
     if !args.steps.is_empty() && args.method != MethodArg::Recipe {
         return Err(Refusal::new(
@@ -236,14 +243,19 @@ fn method(args: &CalibArgs) -> Result<(Method, bool), Error> {
         .into());
     }
     Ok(match args.method {
-        MethodArg::Recipe => (Method::Recipe(steps.recipe), steps.sequential),
+        MethodArg::Recipe => (
+            Method::Recipe(steps.recipe),
+            steps.sequential,
+            steps.allocation,
+        ),
         MethodArg::Transmla => (
             Method::TransMla(mlac_converter::TransMla {
                 freqfold: args.freqfold,
             }),
             false,
+            false,
         ),
-        MethodArg::Svd => (Method::Svd, false),
+        MethodArg::Svd => (Method::Svd, false, false),
     })
 }
 
@@ -254,6 +266,7 @@ fn calibration(args: &CalibArgs, budget: Budget) -> Result<Calibration, Error> {
             path: PathBuf::from(path),
             windows: args.calib_windows,
             window: args.calib_window,
+            seed: args.calib_seed,
             query_rows: args.query_rows,
         }),
         None if budget == Budget::Exact || args.method == MethodArg::Svd => {
@@ -287,19 +300,71 @@ fn convert_request<'a>(
     context: Context,
 ) -> Result<ConvertRequest<'a>, Error> {
     let wanted = request(ranks, checkpoint)?;
-    let (layers, _) = wanted.plan(checkpoint.config())?;
-    let (method, sequential) = method(calib)?;
+    let (even, _) = wanted.plan(checkpoint.config())?;
+    let (method, sequential, allocation) = method(calib)?;
+    let calibration = calibration(calib, wanted.budget)?;
+    let layers = match (&method, wanted.budget) {
+        (Method::Recipe(recipe), Budget::Fraction(fraction)) if allocation && fraction < 1.0 => {
+            distribute(
+                checkpoint,
+                &calibration,
+                &even,
+                fraction,
+                recipe,
+                wanted.align,
+                context,
+            )?
+        }
+        _ => even,
+    };
     Ok(ConvertRequest {
         checkpoint,
         output,
         layers,
         method,
         sequential,
-        calibration: calibration(calib, wanted.budget)?,
+        calibration,
         dtype: model_dtype(dtype),
         max_shard,
         threads: context.threads,
     })
+}
+
+/// A budget over the layers by measured loss, told before any conversion starts; without
+/// calibration there is nothing to measure on, and every layer gets the same.
+fn distribute(
+    checkpoint: &Checkpoint,
+    calibration: &Calibration,
+    even: &[LayerPlan],
+    fraction: f64,
+    recipe: &Recipe,
+    align: usize,
+    context: Context,
+) -> Result<Vec<LayerPlan>, Error> {
+    let Some(chosen) = read_windows(checkpoint, calibration)? else {
+        return Ok(even.to_vec());
+    };
+    let whole = checkpoint.config().gqa_cache_width() * even.len();
+    let request = AllocateRequest {
+        checkpoint,
+        windows: &chosen.slices(),
+        even,
+        budget: (fraction * whole as f64 + 1e-9).floor() as usize,
+        recipe,
+        align,
+        statistics: statistics_options(calibration),
+        threads: context.threads,
+    };
+    let plans = allocate::distribute(&request, context.progress)?;
+    let ranks = |p: &LayerPlan| format!("{}+{}", p.ranks.kv_lora_rank, p.ranks.qk_rope_head_dim);
+    let list: Vec<String> = plans
+        .iter()
+        .map(|p| format!("{}: {}", p.layer, ranks(p)))
+        .collect();
+    context
+        .progress
+        .note(&format!("ranks by layer  {}", list.join(", ")));
+    Ok(plans)
 }
 
 fn run_convert(args: &ConvertArgs, context: Context) -> Result<bool, Error> {
@@ -363,7 +428,8 @@ fn convert_text(request: &ConvertRequest<'_>, record: &Record) -> String {
         show_bytes(plan.mla_bytes(HEADLINE_CONTEXT)),
         show_tokens(HEADLINE_CONTEXT),
         show_bytes(plan.gqa_bytes(HEADLINE_CONTEXT)),
-        100.0 * plan.mla_bytes(HEADLINE_CONTEXT) as f64 / plan.gqa_bytes(HEADLINE_CONTEXT).max(1) as f64
+        100.0 * plan.mla_bytes(HEADLINE_CONTEXT) as f64
+            / plan.gqa_bytes(HEADLINE_CONTEXT).max(1) as f64
     );
     text
 }

@@ -150,7 +150,13 @@ impl<'a> Walk<'a> {
         } else {
             &targets.input
         };
-        let statistics = self.gather(&weights, source)?;
+        let statistics = gather(
+            self.checkpoint,
+            &weights,
+            source,
+            self.statistics,
+            &self.options,
+        )?;
         let (mut factors, mut report) = run_method(&weights, &statistics, plan, method)?;
         drop(statistics);
 
@@ -208,35 +214,6 @@ impl<'a> Walk<'a> {
         Ok(Targets { input, attention })
     }
 
-    /// Queries, keys and values of the original weights on `source`, summed up.
-    fn gather(
-        &self,
-        weights: &LayerWeights,
-        source: &HiddenStates,
-    ) -> Result<LayerStatistics, Error> {
-        let layer = weights.layer;
-        let wanted = taps(&[Tap::Query, Tap::Key, Tap::Value]);
-        let graph = layer_graph(self.checkpoint.config(), layer, &wanted)?;
-        let subject = format!("projections of layer {layer}");
-        let mut runner = GraphRunner::open(&subject, &graph, self.checkpoint, &self.options)?;
-        let mut statistics = LayerStatistics::new(
-            layer,
-            &weights.attention,
-            &weights.o.weight,
-            self.statistics,
-        )?;
-        for i in 0..source.windows.count() {
-            let out = source.run(&mut runner, i)?;
-            statistics.accumulate(&WindowActivations {
-                tokens: source.tokens,
-                q: numbers(&out[0])?,
-                k: numbers(&out[1])?,
-                v: numbers(&out[2])?,
-            })?;
-        }
-        Ok(statistics)
-    }
-
     /// Head outputs of the converted layer on `stream`.
     fn run_converted(
         &self,
@@ -278,6 +255,32 @@ impl<'a> Walk<'a> {
     }
 }
 
+/// Statistics of a layer: queries, keys and values of its original weights on `source`.
+pub fn gather(
+    checkpoint: &Checkpoint,
+    weights: &LayerWeights,
+    source: &HiddenStates,
+    statistics: StatisticsOptions,
+    options: &SessionOptions,
+) -> Result<LayerStatistics, Error> {
+    let layer = weights.layer;
+    let wanted = taps(&[Tap::Query, Tap::Key, Tap::Value]);
+    let graph = layer_graph(checkpoint.config(), layer, &wanted)?;
+    let subject = format!("projections of layer {layer}");
+    let mut runner = GraphRunner::open(&subject, &graph, checkpoint, options)?;
+    let mut sums = LayerStatistics::new(layer, &weights.attention, &weights.o.weight, statistics)?;
+    for i in 0..source.windows.count() {
+        let out = source.run(&mut runner, i)?;
+        sums.accumulate(&WindowActivations {
+            tokens: source.tokens,
+            q: numbers(&out[0])?,
+            k: numbers(&out[1])?,
+            v: numbers(&out[2])?,
+        })?;
+    }
+    Ok(sums)
+}
+
 /// What the original layer did.
 struct Targets {
     input: HiddenStates,
@@ -317,7 +320,7 @@ fn run_method(
 }
 
 /// The converted tensors under their checkpoint names, as a source for graphs.
-fn in_memory(layer: usize, tensors: &MlaTensors) -> Result<MemoryWeights, Error> {
+pub fn in_memory(layer: usize, tensors: &MlaTensors) -> Result<MemoryWeights, Error> {
     let mut memory = MemoryWeights::new();
     for (name, shape, data) in tensors.named() {
         memory.insert(tensor_name(layer, name), &shape, data.to_vec())?;

@@ -9,7 +9,7 @@ use mlac_graph::builders::{GqaForm, Runtime};
 use mlac_graph::ir::DType;
 use mlac_model::Checkpoint;
 
-use super::convert::{CARD, ConvertRequest, Record, convert, source_name};
+use super::convert::{CARD, ConvertRequest, LayerPlan, Record, convert, source_name};
 use super::export::{ExportOptions, export};
 use super::ranks::cache_plan;
 use super::subject::Subject;
@@ -173,7 +173,14 @@ fn refuse_wrong_cache(request: &CompileRequest<'_>, emitted: &Subject) -> Result
 
 fn shape_line(request: &CompileRequest<'_>) -> String {
     let config = request.convert.checkpoint.config();
-    let ranks = request.convert.layers.first().map(|l| l.ranks);
+    let layers = &request.convert.layers;
+    let range = |of: fn(&LayerPlan) -> usize| {
+        let (least, most) = (layers.iter().map(of).min(), layers.iter().map(of).max());
+        match (least, most) {
+            (Some(least), Some(most)) if least < most => format!("{least} to {most}"),
+            (least, _) => least.unwrap_or(0).to_string(),
+        }
+    };
     format!(
         "{:?}, {} layers, hidden size {}, {} query heads, {} KV heads of {}; {} layers converted to latent {} + rotary key {}",
         config.architecture,
@@ -182,9 +189,9 @@ fn shape_line(request: &CompileRequest<'_>) -> String {
         config.num_attention_heads,
         config.num_key_value_heads,
         config.head_dim,
-        request.convert.layers.len(),
-        ranks.map_or(0, |r| r.kv_lora_rank),
-        ranks.map_or(0, |r| r.qk_rope_head_dim),
+        layers.len(),
+        range(|l| l.ranks.kv_lora_rank),
+        range(|l| l.ranks.qk_rope_head_dim),
     )
 }
 

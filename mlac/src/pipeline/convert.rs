@@ -68,6 +68,8 @@ pub enum Calibration {
         windows: usize,
         /// Tokens in a window.
         window: usize,
+        /// Moves the windows inside their shares of the text.
+        seed: u64,
         /// Query rows sampled in a window.
         query_rows: usize,
     },
@@ -179,7 +181,7 @@ pub fn convert(request: &ConvertRequest<'_>, progress: Progress) -> Result<Recor
     let source = checkpoint.config();
     refuse_converted(checkpoint)?;
     let config = converted_config(source, &request.layers);
-    let windows = read_windows(request)?;
+    let windows = read_windows(checkpoint, &request.calibration)?;
     let writer = CheckpointWriter::create(
         request.output,
         tensor_plan(request, &config)?,
@@ -218,28 +220,34 @@ fn refuse_converted(checkpoint: &Checkpoint) -> Result<(), Error> {
 }
 
 /// The calibration text's windows with the chosen ones.
-struct Chosen {
+pub struct Chosen {
     windows: Windows,
     indices: Vec<usize>,
 }
 
 impl Chosen {
-    fn slices(&self) -> Vec<&[u32]> {
+    /// The chosen windows.
+    pub fn slices(&self) -> Vec<&[u32]> {
         self.indices.iter().map(|&i| self.windows.get(i)).collect()
     }
 }
 
-fn read_windows(request: &ConvertRequest<'_>) -> Result<Option<Chosen>, Error> {
+/// The windows to calibrate on; none without a text.
+pub fn read_windows(
+    checkpoint: &Checkpoint,
+    calibration: &Calibration,
+) -> Result<Option<Chosen>, Error> {
     let Calibration::Text {
         path,
         windows,
         window,
+        seed,
         ..
-    } = &request.calibration
+    } = calibration
     else {
         return Ok(None);
     };
-    let longest = request.checkpoint.config().max_position_embeddings;
+    let longest = checkpoint.config().max_position_embeddings;
     if *window > longest {
         return Err(Refusal::new(
             "--calib-window",
@@ -249,8 +257,8 @@ fn read_windows(request: &ConvertRequest<'_>) -> Result<Option<Chosen>, Error> {
         )
         .into());
     }
-    let all = Windows::read(path, &request.checkpoint.tokenizer()?, *window)?;
-    let indices = all.spread(*windows, path)?;
+    let all = Windows::read(path, &checkpoint.tokenizer()?, *window)?;
+    let indices = all.spread(*windows, *seed, path)?;
     Ok(Some(Chosen {
         windows: all,
         indices,
@@ -334,14 +342,7 @@ fn convert_layers(
     };
     let stage = progress.stage("calibrating and converting", last as u64 + 1);
     stage.doing("embedding");
-    let rows_per_window = match request.calibration {
-        Calibration::Text { query_rows, .. } => query_rows,
-        Calibration::Weights => 0,
-    };
-    let statistics = StatisticsOptions {
-        sampled_rows: rows_per_window,
-        ..StatisticsOptions::default()
-    };
+    let statistics = statistics_options(&request.calibration);
     let options = SessionOptions::default().with_threads(request.threads);
     let mut walk = Walk::start(
         request.checkpoint,
@@ -361,6 +362,18 @@ fn convert_layers(
     }
     drop(stage);
     Ok(rows)
+}
+
+/// How the statistics of a calibration are gathered.
+pub fn statistics_options(calibration: &Calibration) -> StatisticsOptions {
+    let sampled_rows = match calibration {
+        Calibration::Text { query_rows, .. } => *query_rows,
+        Calibration::Weights => 0,
+    };
+    StatisticsOptions {
+        sampled_rows,
+        ..StatisticsOptions::default()
+    }
 }
 
 fn write_layer(

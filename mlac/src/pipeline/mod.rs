@@ -1,5 +1,6 @@
 //! The pipeline: one module a step, [`compile`](compile::compile) is all of them in order.
 
+pub mod allocate;
 pub mod bench;
 pub mod build;
 pub mod calibrate;

@@ -1,6 +1,6 @@
 //! Which layers are converted, and to which ranks.
 
-use mlac_converter::{AttentionShape, Budget, CachePlan, RankChoice, rank};
+use mlac_converter::{AttentionShape, Budget, CachePlan, RankChoice};
 use mlac_model::{ModelConfig, Refusal};
 
 use super::convert::LayerPlan;
@@ -73,6 +73,8 @@ pub struct RankRequest {
     pub budget: Budget,
     /// Layers.
     pub layers: LayerChoice,
+    /// What ranks are multiples of.
+    pub align: usize,
 }
 
 impl RankRequest {
@@ -82,6 +84,7 @@ impl RankRequest {
         kv_lora_rank: Option<&str>,
         rope_dim: Option<usize>,
         layers: &str,
+        align: usize,
         config: &ModelConfig,
     ) -> Result<Self, Error> {
         let shape = AttentionShape::of(config);
@@ -119,13 +122,14 @@ impl RankRequest {
         Ok(Self {
             budget,
             layers: LayerChoice::parse(layers)?,
+            align,
         })
     }
 
     /// The layers to convert with their ranks, and remarks on them.
     pub fn plan(&self, config: &ModelConfig) -> Result<(Vec<LayerPlan>, Option<String>), Error> {
         let shape = AttentionShape::of(config);
-        let chosen = self.budget.ranks(&shape, rank::DEFAULT_ALIGN)?;
+        let chosen = self.budget.ranks(&shape, self.align)?;
         let plans = self
             .layers
             .indices(config)?

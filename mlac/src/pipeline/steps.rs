@@ -10,7 +10,11 @@ use mlac_model::Refusal;
 use crate::error::Error;
 
 /// The steps that can be switched, with what they are.
-pub const STEPS: [(&str, &str); 9] = [
+pub const STEPS: [(&str, &str); 10] = [
+    (
+        "allocation",
+        "ranks by layer where they lower the model's loss most (with --budget)",
+    ),
     ("basis", "complex basis of the heads in the query metric"),
     ("select", "greedy choice of the components that keep RoPE"),
     ("constant", "fitted constant in place of a dropped rotation"),
@@ -32,6 +36,8 @@ pub struct Steps {
     pub recipe: Recipe,
     /// Whether statistics come from the converted layers below.
     pub sequential: bool,
+    /// Whether a budget is distributed over the layers by measured loss.
+    pub allocation: bool,
 }
 
 /// Resolves the option: nothing means every step, names mean only these, names with a leading `-`
@@ -88,6 +94,7 @@ pub fn resolve(given: &[String]) -> Result<Steps, Error> {
     Ok(Steps {
         recipe,
         sequential: runs("sequential"),
+        allocation: runs("allocation"),
     })
 }
 

@@ -142,6 +142,18 @@ impl Head {
         })
     }
 
+    /// Logits `[rows, vocab_size]` of hidden states `[rows, hidden_size]`.
+    pub fn logits(&mut self, rows: &[f32]) -> Result<Vec<f32>, Error> {
+        let mut logits = Vec::with_capacity(rows.len() / self.hidden_size * self.vocab_size);
+        for rows in rows.chunks(HEAD_CHUNK * self.hidden_size) {
+            let tokens = rows.len() / self.hidden_size;
+            let input = super::streams::f32_value([1, tokens, self.hidden_size], rows.to_vec())?;
+            let out = self.runner.run(&[("hidden", &input)])?;
+            logits.extend_from_slice(numbers(&out[0])?);
+        }
+        Ok(logits)
+    }
+
     /// Calls `each` with every position's logits of window `window`.
     pub fn run(
         &mut self,
@@ -152,10 +164,7 @@ impl Head {
         let hidden = states.windows.get(window)?;
         let hidden = numbers(&hidden)?;
         for (chunk, rows) in hidden.chunks(HEAD_CHUNK * self.hidden_size).enumerate() {
-            let tokens = rows.len() / self.hidden_size;
-            let input = super::streams::f32_value([1, tokens, self.hidden_size], rows.to_vec())?;
-            let out = self.runner.run(&[("hidden", &input)])?;
-            for (i, logits) in numbers(&out[0])?.chunks(self.vocab_size).enumerate() {
+            for (i, logits) in self.logits(rows)?.chunks(self.vocab_size).enumerate() {
                 each(chunk * HEAD_CHUNK + i, logits)?;
             }
         }
