@@ -116,6 +116,16 @@ fn exact(options: &[&str], calibrated: bool) {
     cases.finish(MODELS);
 }
 
+/// What the float64 reference is asked: the logits of each converted model on its fixture's texts.
+fn reference_jobs(converted: &[(&Fixture, Checkpoint)]) -> Vec<Job> {
+    let job = |(model, checkpoint): &(&Fixture, Checkpoint)| Job {
+        folder: checkpoint.path().to_path_buf(),
+        io: model.folder.join("io.safetensors"),
+        out: PathBuf::from(checkpoint.path()).with_extension("logits"),
+    };
+    converted.iter().map(job).collect()
+}
+
 /// `--layers all`, and `full` where only some layers have a window.
 fn layer_choices(model: &Fixture) -> Vec<&'static str> {
     let windows = Checkpoint::open(&model.folder)
@@ -150,14 +160,7 @@ fn windows_and_latents_together_cache_what_the_plan_says() {
             });
         }
     }
-    let jobs: Vec<Job> = converted
-        .iter()
-        .map(|(model, checkpoint)| Job {
-            folder: checkpoint.path().to_path_buf(),
-            io: model.folder.join("io.safetensors"),
-            out: PathBuf::from(checkpoint.path()).with_extension("logits"),
-        })
-        .collect();
+    let jobs = reference_jobs(&converted);
     let answers = python::reference(&jobs, false).unwrap();
     for ((model, checkpoint), answer) in converted.iter().zip(&answers) {
         let name = checkpoint.path().display().to_string();
@@ -284,14 +287,7 @@ fn half(method: &str) {
             Ok(())
         });
     }
-    let jobs: Vec<Job> = converted
-        .iter()
-        .map(|(model, checkpoint)| Job {
-            folder: checkpoint.path().to_path_buf(),
-            io: model.folder.join("io.safetensors"),
-            out: PathBuf::from(checkpoint.path()).with_extension("logits"),
-        })
-        .collect();
+    let jobs = reference_jobs(&converted);
     let answers = python::reference(&jobs, false).expect("the float64 reference");
     for ((model, checkpoint), answer) in converted.iter().zip(&answers) {
         cases.measure(format!("{} as the reference", model.name), || {

@@ -1,0 +1,226 @@
+//! `mlac convert`: from arguments to a conversion, which `mlac compile` shares.
+
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+
+use mlac_converter::{Budget, Recipe};
+use mlac_model::{Checkpoint, Dtype, Refusal};
+
+use super::Context;
+use super::plan::request;
+use crate::cli::args::{CalibArgs, ConvertArgs, DtypeArg, MethodArg, RankArgs};
+use crate::cli::units::{show_bytes, show_tokens, table};
+use crate::error::Error;
+use crate::pipeline::allocate::AllocateRequest;
+use crate::pipeline::convert::{
+    Calibration, ConvertRequest, LayerPlan, Method, Record, convert, read_windows,
+    statistics_options,
+};
+use crate::pipeline::ranks::cache_plan;
+use crate::pipeline::{allocate, steps};
+use crate::report::data::HEADLINE_CONTEXT;
+
+/// The method, whether calibration is sequential, and whether a budget is distributed by measured
+/// loss.
+fn method(args: &CalibArgs) -> Result<(Method, bool, bool), Error> {
+    let steps = steps::resolve(&args.steps)?;
+    if !args.steps.is_empty() && args.method != MethodArg::Recipe {
+        return Err(Refusal::new(
+            "--steps",
+            "--method recipe, whose steps they are",
+            format!("--method {:?}", args.method).to_lowercase(),
+            "leave one of the two out",
+        )
+        .into());
+    }
+    Ok(match args.method {
+        MethodArg::Recipe => (
+            Method::Recipe(steps.recipe),
+            steps.sequential,
+            steps.allocation,
+        ),
+        MethodArg::Transmla => (
+            Method::TransMla(mlac_converter::TransMla {
+                freqfold: args.freqfold,
+            }),
+            false,
+            false,
+        ),
+        MethodArg::Svd => (Method::Svd, false, false),
+    })
+}
+
+fn calibration(args: &CalibArgs, budget: Budget) -> Result<Calibration, Error> {
+    match args.calib.as_deref() {
+        Some("none") => Ok(Calibration::Weights),
+        Some(path) => Ok(Calibration::Text {
+            path: PathBuf::from(path),
+            windows: args.calib_windows,
+            window: args.calib_window,
+            seed: args.calib_seed,
+            query_rows: args.query_rows,
+        }),
+        None if budget == Budget::Exact || args.method == MethodArg::Svd => {
+            Ok(Calibration::Weights)
+        }
+        None => Err(Refusal::new(
+            "--calib",
+            "a calibration text, or none for statistics from the weights alone",
+            "nothing",
+            "give --calib FILE; --calib none costs much quality",
+        )
+        .into()),
+    }
+}
+
+fn model_dtype(dtype: DtypeArg) -> Dtype {
+    match dtype {
+        DtypeArg::F32 => Dtype::F32,
+        DtypeArg::F16 => Dtype::F16,
+        DtypeArg::Bf16 => Dtype::BF16,
+    }
+}
+
+pub(super) fn convert_request<'a>(
+    checkpoint: &'a Checkpoint,
+    output: &'a Path,
+    ranks: &RankArgs,
+    calib: &CalibArgs,
+    dtype: DtypeArg,
+    max_shard: u64,
+    context: Context,
+) -> Result<ConvertRequest<'a>, Error> {
+    let wanted = request(ranks, checkpoint)?;
+    let (even, _) = wanted.plan(checkpoint.config())?;
+    let (method, sequential, allocation) = method(calib)?;
+    let calibration = calibration(calib, wanted.budget)?;
+    let layers = match (&method, wanted.budget) {
+        (Method::Recipe(recipe), Budget::Fraction(fraction)) if allocation && fraction < 1.0 => {
+            distribute(
+                checkpoint,
+                &calibration,
+                &even,
+                fraction,
+                recipe,
+                wanted.align,
+                context,
+            )?
+        }
+        _ => even,
+    };
+    Ok(ConvertRequest {
+        checkpoint,
+        output,
+        layers,
+        method,
+        sequential,
+        calibration,
+        dtype: model_dtype(dtype),
+        max_shard,
+        threads: context.threads,
+    })
+}
+
+/// A budget over the layers by measured loss, told before any conversion starts; without
+/// calibration there is nothing to measure on, and every layer gets the same.
+fn distribute(
+    checkpoint: &Checkpoint,
+    calibration: &Calibration,
+    even: &[LayerPlan],
+    fraction: f64,
+    recipe: &Recipe,
+    align: usize,
+    context: Context,
+) -> Result<Vec<LayerPlan>, Error> {
+    let Some(chosen) = read_windows(checkpoint, calibration)? else {
+        return Ok(even.to_vec());
+    };
+    let whole = checkpoint.config().gqa_cache_width() * even.len();
+    let request = AllocateRequest {
+        checkpoint,
+        windows: &chosen.slices(),
+        even,
+        budget: (fraction * whole as f64 + 1e-9).floor() as usize,
+        recipe,
+        align,
+        statistics: statistics_options(calibration),
+        threads: context.threads,
+    };
+    let plans = allocate::distribute(&request, context.progress)?;
+    let ranks = |p: &LayerPlan| format!("{}+{}", p.ranks.kv_lora_rank, p.ranks.qk_rope_head_dim);
+    let list: Vec<String> = plans
+        .iter()
+        .map(|p| format!("{}: {}", p.layer, ranks(p)))
+        .collect();
+    context
+        .progress
+        .note(&format!("ranks by layer  {}", list.join(", ")));
+    Ok(plans)
+}
+
+pub(super) fn run(args: &ConvertArgs, context: Context) -> Result<bool, Error> {
+    crate::staging::refuse_existing(&args.output)?;
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let request = convert_request(
+        &checkpoint,
+        &args.output,
+        &args.ranks,
+        &args.calib,
+        args.dtype,
+        args.max_shard,
+        context,
+    )?;
+    let record = convert(&request, context.progress)?;
+    context.show(&record, &convert_text(&request, &record))?;
+    Ok(true)
+}
+
+/// Bytes of a cached number in summaries.
+const CACHED_BYTES: u64 = 2;
+
+/// The result of a conversion for people.
+fn convert_text(request: &ConvertRequest<'_>, record: &Record) -> String {
+    let plan = cache_plan(request.checkpoint.config(), &request.layers, CACHED_BYTES);
+    let number = |v: Option<f64>| v.map_or_else(|| "-".to_owned(), |v| format!("{v:.4}"));
+    let rows: Vec<Vec<String>> = record
+        .layers
+        .iter()
+        .map(|l| {
+            vec![
+                l.layer.to_string(),
+                format!("{} + {}", l.kv_lora_rank, l.qk_rope_head_dim),
+                format!("{:.2}", l.beta),
+                number(l.output_error),
+                number(l.refit_error),
+                number(l.stream_error),
+            ]
+        })
+        .collect();
+    let mut text = table(
+        &[
+            "layer",
+            "r + d_r",
+            "balance",
+            "output error",
+            "after refit",
+            "stream error",
+        ],
+        &rows,
+    );
+    for layer in &record.layers {
+        for note in &layer.notes {
+            let _ = writeln!(text, "layer {}: {note}", layer.layer);
+        }
+    }
+    let _ = writeln!(
+        text,
+        "{}: {} cached at {} tokens instead of {} ({:.1} %), {CACHED_BYTES} bytes a number",
+        request.output.display(),
+        show_bytes(plan.mla_bytes(HEADLINE_CONTEXT)),
+        show_tokens(HEADLINE_CONTEXT),
+        show_bytes(plan.gqa_bytes(HEADLINE_CONTEXT)),
+        100.0 * plan.mla_bytes(HEADLINE_CONTEXT) as f64
+            / plan.gqa_bytes(HEADLINE_CONTEXT).max(1) as f64
+    );
+    text
+}
