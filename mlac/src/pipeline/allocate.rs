@@ -9,9 +9,9 @@
 
 use mlac_converter::allocate::{LayerCurve, allocate, curve, grid, step};
 use mlac_converter::{
-    AttentionShape, LayerWeights, Recipe, StatisticsOptions, compose, convert_layer,
+    AttentionShape, MlaTensors, Recipe, StatisticsOptions, compose, convert_layer,
 };
-use mlac_engines::ort::SessionOptions;
+use mlac_engines::ort::{SessionOptions, Value};
 use mlac_graph::builders::{Tap, layer_graph};
 use mlac_graph::onnx::Overlay;
 use mlac_model::{Checkpoint, ModelConfig};
@@ -103,7 +103,7 @@ fn measure(request: &AllocateRequest<'_>, progress: Progress) -> Result<Vec<Laye
     let stage = progress.stage("distributing the budget", config.num_hidden_layers as u64);
     for layer in 0..config.num_hidden_layers {
         stage.doing(format!("layer {layer}"));
-        disturbed.advance(config, checkpoint, layer, &options)?;
+        let mut newly = Vec::new();
         if let Some(plan) = request.even.iter().find(|p| p.layer == layer) {
             let weights = layer_weights(checkpoint, layer)?;
             let statistics = gather(
@@ -123,21 +123,17 @@ fn measure(request: &AllocateRequest<'_>, progress: Progress) -> Result<Vec<Laye
                 price: report.error.unwrap_or(f64::INFINITY),
             });
             let tensors = compose(&weights, &factors)?;
-            disturb(
-                &converted,
-                checkpoint,
-                &weights,
-                &tensors,
-                &probe,
-                &mut disturbed,
-                &options,
-            )?;
+            newly = disturb(&converted, checkpoint, layer, &tensors, &probe, &options)?;
         }
-        let last = request.even.last().is_some_and(|p| p.layer <= layer);
-        if !last {
-            original.advance(config, checkpoint, layer, &options)?;
+        let mut streams = vec![&mut probe, &mut disturbed];
+        // Statistics are wanted up to the last layer to convert.
+        if request.even.last().is_some_and(|p| p.layer > layer) {
+            streams.push(&mut original);
         }
-        probe.advance(config, checkpoint, layer, &options)?;
+        HiddenStates::advance_all(&mut streams, config, checkpoint, layer, &options)?;
+        for states in newly {
+            disturbed.windows.push(states)?;
+        }
         stage.step();
     }
     let divergences = divergences(checkpoint, &probe, &disturbed, &options)?;
@@ -147,32 +143,23 @@ fn measure(request: &AllocateRequest<'_>, progress: Progress) -> Result<Vec<Laye
     Ok(curves)
 }
 
-/// Appends every probe with this layer converted, after the layer.
+/// Every probe after `layer` in its converted form.
 fn disturb(
     converted: &ModelConfig,
     checkpoint: &Checkpoint,
-    weights: &LayerWeights,
-    tensors: &mlac_converter::MlaTensors,
+    layer: usize,
+    tensors: &MlaTensors,
     probe: &HiddenStates,
-    disturbed: &mut HiddenStates,
     options: &SessionOptions,
-) -> Result<(), Error> {
-    let layer = weights.layer;
+) -> Result<Vec<Value>, Error> {
     let graph = layer_graph(converted, layer, &taps(&[Tap::HiddenOut]))?;
     let memory = in_memory(layer, tensors)?;
     let source = Overlay::new(&memory, checkpoint);
-    let mut runner = GraphRunner::open(
-        &format!("converted layer {layer}"),
-        &graph,
-        &source,
-        options,
-    )?;
-    for i in 0..probe.windows.count() {
-        disturbed
-            .windows
-            .push(probe.run(&mut runner, i)?.remove(0))?;
-    }
-    Ok(())
+    let subject = format!("converted layer {layer}");
+    let mut runner = GraphRunner::open(&subject, &graph, &source, options)?;
+    (0..probe.windows.count())
+        .map(|i| Ok(probe.run(&mut runner, i)?.remove(0)))
+        .collect()
 }
 
 /// Mean divergence of the predictions of the disturbed probes of each layer from the original's, in

@@ -170,12 +170,25 @@ impl HiddenStates {
         layer: usize,
         options: &SessionOptions,
     ) -> Result<(), Error> {
+        Self::advance_all(&mut [self], config, weights, layer, options)
+    }
+
+    /// Carries several sets of states through layer `layer`, whose weights are loaded once.
+    pub fn advance_all(
+        all: &mut [&mut Self],
+        config: &ModelConfig,
+        weights: &dyn WeightSource,
+        layer: usize,
+        options: &SessionOptions,
+    ) -> Result<(), Error> {
         let graph = layer_graph(config, layer, &taps(&[Tap::HiddenOut]))?;
         let subject = format!("layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, weights, options)?;
-        for i in 0..self.windows.count() {
-            let mut out = self.run(&mut runner, i)?;
-            self.windows.set(i, out.remove(0))?;
+        for states in all {
+            for i in 0..states.windows.count() {
+                let mut out = states.run(&mut runner, i)?;
+                states.windows.set(i, out.remove(0))?;
+            }
         }
         Ok(())
     }
