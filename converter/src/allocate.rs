@@ -143,6 +143,20 @@ pub fn allocate(
     budget: usize,
     step: usize,
 ) -> Result<Vec<RankChoice>, Error> {
+    for curve in curves {
+        let errors = curve.points.iter().map(|p| p.error);
+        if let Some(bad) = errors
+            .chain([curve.price])
+            .find(|x| !x.is_finite() || *x < 0.0)
+        {
+            return Err(refuse(
+                format!("measured loss of layer {}", curve.layer),
+                "finite errors and a finite price, none below 0",
+                bad.to_string(),
+                "check the calibration text, or give ranks instead of a budget",
+            ));
+        }
+    }
     let hulls: Vec<Vec<CurvePoint>> = curves.iter().map(hull).collect();
     let least: usize = hulls
         .iter()
@@ -255,6 +269,19 @@ mod tests {
             );
         }
         assert!(allocate(&curves, 63, 16).is_err());
+    }
+
+    #[test]
+    fn losses_that_are_no_numbers_are_refused() {
+        for bad in [f64::NAN, f64::INFINITY, -1.0] {
+            let priced = geometric(7, 1.0, bad);
+            let refusal = allocate(&[priced], 160, 16).unwrap_err().to_string();
+            assert!(refusal.contains("layer 7"), "{refusal}");
+            let mut measured = geometric(8, 1.0, 1.0);
+            measured.points[3].error = bad;
+            let refusal = allocate(&[measured], 160, 16).unwrap_err().to_string();
+            assert!(refusal.contains("layer 8"), "{refusal}");
+        }
     }
 
     #[test]

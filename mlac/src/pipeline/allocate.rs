@@ -9,12 +9,12 @@
 
 use mlac_converter::allocate::{LayerCurve, allocate, curve, grid, step};
 use mlac_converter::{
-    AttentionShape, MlaTensors, Recipe, StatisticsOptions, compose, convert_layer,
+    AttentionShape, LayerReport, MlaTensors, Recipe, StatisticsOptions, compose, convert_layer,
 };
 use mlac_engines::ort::{SessionOptions, Value};
 use mlac_graph::builders::{Tap, layer_graph};
 use mlac_graph::onnx::Overlay;
-use mlac_model::{Checkpoint, ModelConfig};
+use mlac_model::{Checkpoint, ModelConfig, Refusal};
 
 use super::calibrate::{gather, in_memory, layer_weights};
 use super::convert::{LayerPlan, converted_config};
@@ -30,6 +30,8 @@ const WINDOWS: usize = 4;
 const PROBES: usize = 2;
 /// Tokens of a probe.
 const PROBE_TOKENS: usize = 512;
+/// Relative squared errors below this are rounding of f32; a price is not taken from less.
+const ROUNDING: f64 = 1e-10;
 /// Distance of the positions whose predictions are compared.
 const STRIDE: usize = 4;
 
@@ -99,7 +101,7 @@ fn measure(request: &AllocateRequest<'_>, progress: Progress) -> Result<Vec<Laye
         positions: probe.positions.clone(),
         tokens: probe.tokens,
     };
-    let mut curves = Vec::new();
+    let (mut curves, mut errors) = (Vec::new(), Vec::new());
     let stage = progress.stage("distributing the budget", config.num_hidden_layers as u64);
     for layer in 0..config.num_hidden_layers {
         stage.doing(format!("layer {layer}"));
@@ -119,9 +121,9 @@ fn measure(request: &AllocateRequest<'_>, progress: Progress) -> Result<Vec<Laye
             curves.push(LayerCurve {
                 layer,
                 points: curve(&weights, &statistics, request.recipe, &grid, report.beta)?,
-                // The error for now; the divergence comes at the end.
-                price: report.error.unwrap_or(f64::INFINITY),
+                price: 0.0,
             });
+            errors.push(measured_error(&report)?);
             let tensors = compose(&weights, &factors)?;
             newly = disturb(&converted, checkpoint, layer, &tensors, &probe, &options)?;
         }
@@ -137,10 +139,23 @@ fn measure(request: &AllocateRequest<'_>, progress: Progress) -> Result<Vec<Laye
         stage.step();
     }
     let divergences = divergences(checkpoint, &probe, &disturbed, &options)?;
-    for (curve, divergence) in curves.iter_mut().zip(divergences) {
-        curve.price = divergence / curve.price.max(f64::MIN_POSITIVE);
+    for ((curve, divergence), error) in curves.iter_mut().zip(divergences).zip(errors) {
+        curve.price = divergence / error.max(ROUNDING);
     }
     Ok(curves)
+}
+
+/// The error of the layer at even ranks, whose effect the probes see.
+fn measured_error(report: &LayerReport) -> Result<f64, Error> {
+    report.error.ok_or_else(|| {
+        Refusal::new(
+            format!("price of layer {}", report.layer),
+            "an error of the layer's output, measured on calibration windows",
+            "none",
+            "report this as a defect of mlac",
+        )
+        .into()
+    })
 }
 
 /// Every probe after `layer` in its converted form.

@@ -133,6 +133,9 @@ fn distribute(
     context: Context,
 ) -> Result<Vec<LayerPlan>, Error> {
     let Some(chosen) = read_windows(checkpoint, calibration)? else {
+        context.progress.note(
+            "every layer gets the same ranks: without a calibration text there is no loss to measure",
+        );
         return Ok(even.to_vec());
     };
     let whole = checkpoint.config().gqa_cache_width() * even.len();
