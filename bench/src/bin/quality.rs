@@ -16,8 +16,9 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use mlac::pipeline::steps::STEPS;
-use mlac_bench::quality::harness::{Entry, Harness, Mlac};
+use mlac_bench::quality::harness::{Entry, Harness};
 use mlac_bench::quality::jobs::{Job, jobs};
+use mlac_bench::quality::mlac::Mlac;
 use mlac_bench::quality::request::{Request, USAGE};
 use mlac_bench::quality::section::Results;
 use mlac_bench::results::{results_file, write_section};
