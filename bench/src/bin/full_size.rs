@@ -72,14 +72,15 @@ fn run(source: &Path, work: &Path) -> Outcome {
         remove(folder)?;
     }
 
+    let mlac = built_mlac()?;
     let convert = |to: &Path| {
-        let mut command = mlac();
+        let mut command = Command::new(&mlac);
         command.arg("convert").arg(source).arg("-o").arg(to);
         command.args(CONVERT);
         command
     };
     let export = |to: &Path| {
-        let mut command = mlac();
+        let mut command = Command::new(&mlac);
         command.arg("export").arg(&mla).arg("-o").arg(to);
         command
     };
@@ -139,12 +140,17 @@ fn run(source: &Path, work: &Path) -> Outcome {
     Ok(())
 }
 
-fn mlac() -> Command {
-    let beside = std::env::current_exe()
-        .ok()
-        .and_then(|me| me.parent().map(|folder| folder.join("mlac")))
-        .unwrap_or_else(|| PathBuf::from("mlac"));
-    Command::new(beside)
+/// The `mlac` that lies built beside this program.
+fn built_mlac() -> Outcome<PathBuf> {
+    let beside = std::env::current_exe()?.with_file_name("mlac");
+    if beside.is_file() {
+        return Ok(beside);
+    }
+    Err(format!(
+        "{}: expected mlac built beside this program, found none; fix: cargo build --release -p mlac",
+        beside.display()
+    )
+    .into())
 }
 
 /// Copies a folder and waits for the disk; the copy is removed again.

@@ -145,6 +145,8 @@ pub struct CalibrationRecord {
     pub windows: usize,
     /// Tokens in a window.
     pub window: usize,
+    /// Which windows of the text: `--calib-seed`.
+    pub seed: u64,
     /// Whether errors of converted layers were seen by later ones.
     pub sequential: bool,
 }
@@ -570,13 +572,15 @@ fn calibration_record(request: &ConvertRequest<'_>, windows: Option<&Chosen>) ->
             hasher.update(token.to_le_bytes());
         }
     }
-    let (text, window) = match &request.calibration {
-        Calibration::Weights => ("none".to_owned(), 0),
-        Calibration::Text { path, window, .. } => {
+    let (text, window, seed) = match &request.calibration {
+        Calibration::Weights => ("none".to_owned(), 0, 0),
+        Calibration::Text {
+            path, window, seed, ..
+        } => {
             let name = path
                 .file_name()
                 .map_or_else(String::new, |n| n.to_string_lossy().into_owned());
-            (name, *window)
+            (name, *window, *seed)
         }
     };
     CalibrationRecord {
@@ -584,6 +588,7 @@ fn calibration_record(request: &ConvertRequest<'_>, windows: Option<&Chosen>) ->
         tokens_sha256: hex(&hasher.finalize()),
         windows: windows.map_or(0, |w| w.indices.len()),
         window,
+        seed,
         sequential: windows.is_some() && request.sequential,
     }
 }

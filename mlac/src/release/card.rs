@@ -205,6 +205,7 @@ mod tests {
                 tokens_sha256: String::new(),
                 windows: 0,
                 window: 0,
+                seed: 0,
                 sequential: false,
             },
             gqa_cache_numbers: 128,
