@@ -47,6 +47,7 @@ fn refit_finds_the_map_and_the_bias() {
             RefitOptions {
                 lambda: 0.0,
                 fit_bias: true,
+                compensate: false,
             },
         )
         .expect("solves");
@@ -74,6 +75,7 @@ fn refit_finds_the_map_and_the_bias() {
             RefitOptions {
                 lambda: 0.0,
                 fit_bias: false,
+                compensate: false,
             },
         )
         .expect("solves");
@@ -93,6 +95,7 @@ fn refit_finds_the_map_and_the_bias() {
             RefitOptions {
                 lambda: 1e9,
                 fit_bias: false,
+                compensate: false,
             },
         )
         .expect("solves");
@@ -125,7 +128,8 @@ fn refit_refuses_bad_input() {
                 &original,
                 RefitOptions {
                     lambda: -1.0,
-                    fit_bias: false
+                    fit_bias: false,
+                    compensate: false,
                 }
             )
             .is_err()

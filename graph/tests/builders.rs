@@ -181,6 +181,7 @@ fn a_layer_computes_only_what_its_taps_need() {
     let options = |taps: &[Tap]| LayerOptions {
         taps: taps.to_vec(),
         dtype: DType::F32,
+        cached: false,
     };
     let graph = layer_graph(&llama(2), 1, &options(&[Tap::Key, Tap::AttnIn])).unwrap();
     assert_eq!(graph.input_names(), ["hidden"]);
@@ -311,6 +312,7 @@ fn taps_that_do_not_exist_are_refused() {
         let options = LayerOptions {
             taps: taps.to_vec(),
             dtype: DType::F32,
+            cached: false,
         };
         refusal(layer_graph(cfg, 0, &options))
     };
@@ -396,6 +398,7 @@ fn stored_weights_keep_their_type_and_everything_else_stays() {
         let options = LayerOptions {
             taps: vec![Tap::HiddenOut],
             dtype: DType::F32,
+            cached: false,
         };
         // What lies on top has numbers only, which stay f32.
         let mut top = MemoryWeights::new();

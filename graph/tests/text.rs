@@ -106,6 +106,7 @@ fn layer_with_projections_only() {
     let options = LayerOptions {
         taps: vec![Tap::Query, Tap::Key, Tap::Value],
         dtype: DType::F32,
+        cached: false,
     };
     insta::assert_snapshot!(text(&layer_graph(&qwen3(1), 0, &options).unwrap()));
 }
@@ -115,6 +116,7 @@ fn layer_with_attention() {
     let options = LayerOptions {
         taps: vec![Tap::AttnOut, Tap::Heads],
         dtype: DType::F32,
+        cached: false,
     };
     insta::assert_snapshot!(text(&layer_graph(&llama(1), 0, &options).unwrap()));
 }
@@ -124,6 +126,18 @@ fn layer_converted() {
     let options = LayerOptions {
         taps: vec![Tap::HiddenOut],
         dtype: DType::F32,
+        cached: false,
+    };
+    let cfg = converted(llama(1), &[0]);
+    insta::assert_snapshot!(text(&layer_graph(&cfg, 0, &options).unwrap()));
+}
+
+#[test]
+fn layer_converted_with_cache() {
+    let options = LayerOptions {
+        taps: vec![Tap::Heads],
+        dtype: DType::F32,
+        cached: true,
     };
     let cfg = converted(llama(1), &[0]);
     insta::assert_snapshot!(text(&layer_graph(&cfg, 0, &options).unwrap()));

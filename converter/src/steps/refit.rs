@@ -5,6 +5,11 @@
 //! `W_0`, `min |T - X W^T - 1 b^T|^2 + lambda |W - W_0|^2`, lambda relative to the mean of the
 //! diagonal of `X^T X` (so it does not depend on the number of tokens). With `fit_bias` the bias
 //! is free: `b = mean(T) - W mean(X)`. Sums run window by window.
+//!
+//! In sequential calibration the converted layer's residual stream h' has drifted from the original
+//! one, h. With `compensate` the caller gives `T + (h - h')` as the target: what the stream needs to be
+//! right after this layer, not what the layer would have added to a right one. So every layer takes back
+//! what it can of the errors below it.
 
 use serde::{Deserialize, Serialize};
 
@@ -20,6 +25,8 @@ pub struct RefitOptions {
     pub lambda: f64,
     /// Whether the layer gets a (new) bias too.
     pub fit_bias: bool,
+    /// Whether the target makes up for the drift of the residual stream.
+    pub compensate: bool,
 }
 
 impl Default for RefitOptions {
@@ -27,6 +34,7 @@ impl Default for RefitOptions {
         Self {
             lambda: 0.01,
             fit_bias: false,
+            compensate: true,
         }
     }
 }

@@ -62,6 +62,9 @@ pub struct LayerOptions {
     pub taps: Vec<Tap>,
     /// Type of weights and values; f32 for statistics.
     pub dtype: DType,
+    /// Whether the layer continues a sequence: it then has the caches of [`super::decoder_graph`] as
+    /// further inputs and, after the taps, as outputs.
+    pub cached: bool,
 }
 
 /// One decoder layer over whole sequences, causal, with the layer's window.
@@ -69,7 +72,9 @@ pub struct LayerOptions {
 /// Inputs: `hidden` `[batch, seq, D]`, the residual stream before the layer, and `position_ids` i64
 /// `[batch, seq]` when a tap needs attention ([`Tap::HiddenOut`], [`Tap::Heads`], [`Tap::AttnOut`]).
 /// Outputs: the taps under [`Tap::name`]. What no tap needs is not computed.
-/// Scores take `4 * batch * H * seq^2` bytes while the layer runs.
+/// Scores take `4 * batch * H * seq * total` bytes while the layer runs: long sequences go through a
+/// [`cached`](LayerOptions::cached) layer piece by piece, which also leaves out most of the scores that
+/// the causal mask hides.
 pub fn layer_graph(
     cfg: &ModelConfig,
     layer: usize,
@@ -103,12 +108,22 @@ fn build_layer(
     let mut builder = GraphBuilder::new(&format!("layer.{layer}"));
     builder.keep_stored(stored);
     let b = &mut builder;
-    let (hidden, mut cx) = sequence_inputs(b, cfg, options.dtype);
+    let past: Dim = if options.cached {
+        "past".into()
+    } else {
+        Dim::known(0)
+    };
+    let (hidden, mut cx) = sequence_inputs(b, cfg, options.dtype, past);
+    let past = if options.cached {
+        attention::past_inputs(b, &cx, layer)
+    } else {
+        vec![]
+    };
     let x = attention_input(b, &cx, layer, hidden)?;
     let mut found = vec![(Tap::AttnIn, x)];
-    let heads = if let Some(&shape) = cfg.mla_layer(layer) {
-        b.scope("attn", |b| mla::attend(b, &mut cx, layer, shape, x, None))?
-            .heads
+    let attended = if let Some(&shape) = cfg.mla_layer(layer) {
+        let past = past.first().copied();
+        b.scope("attn", |b| mla::attend(b, &mut cx, layer, shape, x, past))?
     } else {
         let p = b.scope("attn", |b| gqa::project(b, &cx, layer, x))?;
         let (heads, groups) = (cfg.num_attention_heads, cfg.num_key_value_heads);
@@ -129,12 +144,11 @@ fn build_layer(
                 b.reshape(&format!("{}_by_head", tap.name()), value, &shape)?,
             ));
         }
-        b.scope("attn", |b| gqa::attend(b, &mut cx, layer, &p, &[]))?
-            .heads
+        b.scope("attn", |b| gqa::attend(b, &mut cx, layer, &p, &past))?
     };
-    found.push((Tap::Heads, heads));
+    found.push((Tap::Heads, attended.heads));
     let out = b.scope("attn", |b| {
-        attention::output_projection(b, &cx, layer, heads)
+        attention::output_projection(b, &cx, layer, attended.heads)
     })?;
     found.push((Tap::AttnOut, out));
     let hidden_out = after_attention(b, &mut cx, layer, hidden, out)?;
@@ -143,6 +157,9 @@ fn build_layer(
         if let Some((_, value)) = found.iter().find(|(t, _)| t == tap) {
             b.output(tap.name(), *value);
         }
+    }
+    for (name, value) in attended.present {
+        b.output(&name, value);
     }
     builder.finish()
 }
@@ -199,7 +216,7 @@ fn build_rest(
     check::layer(cfg, layer)?;
     let mut b = GraphBuilder::new(&format!("rest_of_layer.{layer}"));
     b.keep_stored(stored);
-    let (hidden, mut cx) = sequence_inputs(&mut b, cfg, DType::F32);
+    let (hidden, mut cx) = sequence_inputs(&mut b, cfg, DType::F32, Dim::known(0));
     let width = attention::heads_width(&cx, layer);
     let shape = vec![cx.axes.batch.clone(), cx.axes.seq.clone(), width.into()];
     let heads = b.input("attn_heads", DType::F32, shape);
@@ -212,16 +229,17 @@ fn build_rest(
     b.finish()
 }
 
-/// Declares `hidden` and `position_ids` and makes the context of a graph without cache.
+/// Declares `hidden` and `position_ids` and makes the context of a graph without padding.
 fn sequence_inputs<'a>(
     b: &mut GraphBuilder,
     cfg: &'a ModelConfig,
     dtype: DType,
+    past: Dim,
 ) -> (ValueId, Context<'a>) {
     let axes = Axes {
         batch: "batch".into(),
         seq: "seq".into(),
-        past: Dim::known(0),
+        past,
     };
     let tokens = vec![axes.batch.clone(), axes.seq.clone()];
     let mut stream = tokens.clone();

@@ -167,7 +167,7 @@ fn disturb(
     probe: &HiddenStates,
     options: &SessionOptions,
 ) -> Result<Vec<Value>, Error> {
-    let graph = layer_graph(converted, layer, &taps(&[Tap::HiddenOut]))?;
+    let graph = layer_graph(converted, layer, &taps(converted, &[Tap::HiddenOut]))?;
     let memory = in_memory(layer, tensors)?;
     let source = Overlay::new(&memory, checkpoint);
     let subject = format!("converted layer {layer}");

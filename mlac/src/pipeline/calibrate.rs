@@ -9,7 +9,7 @@ use mlac_converter::{
     MlaTensors, OutputRefit, Projection, Rotary, StatisticsOptions, WindowActivations, compose,
     convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
 };
-use mlac_engines::ort::SessionOptions;
+use mlac_engines::ort::{HostTensor, SessionOptions, Value};
 use mlac_graph::builders::{Tap, layer_graph, rest_of_layer_graph};
 use mlac_graph::onnx::{MemoryWeights, Overlay};
 use mlac_model::{Checkpoint, MlaEncoder, ModelConfig};
@@ -172,7 +172,12 @@ impl<'a> Walk<'a> {
         if let Some(options) = method.refit() {
             let mut refit = OutputRefit::new(plan.layer, &weights.attention.shape);
             for i in 0..heads.count() {
-                let (heads, target) = (heads.get(i)?, targets.attention.get(i)?);
+                let target = if options.compensate {
+                    targets.compensated(i, &stream)?
+                } else {
+                    targets.attention.get(i)?
+                };
+                let heads = heads.get(i)?;
                 refit.accumulate(stream.tokens, numbers(&heads)?, numbers(&target)?)?;
             }
             let refitted = refit.solve(&weights.o, options)?;
@@ -199,8 +204,9 @@ impl<'a> Walk<'a> {
 
     /// Runs the original layer on the original stream; keeps its input and attention outputs.
     fn run_original(&mut self, layer: usize) -> Result<Targets, Error> {
-        let wanted = taps(&[Tap::HiddenOut, Tap::AttnOut]);
-        let graph = layer_graph(self.checkpoint.config(), layer, &wanted)?;
+        let config = self.checkpoint.config();
+        let wanted = taps(config, &[Tap::HiddenOut, Tap::AttnOut]);
+        let graph = layer_graph(config, layer, &wanted)?;
         let subject = format!("layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, self.checkpoint, &self.options)?;
         let input = self.original.copy()?;
@@ -221,7 +227,7 @@ impl<'a> Walk<'a> {
         tensors: &MemoryWeights,
         stream: &HiddenStates,
     ) -> Result<Store, Error> {
-        let graph = layer_graph(self.converted, layer, &taps(&[Tap::Heads]))?;
+        let graph = layer_graph(self.converted, layer, &taps(self.converted, &[Tap::Heads]))?;
         let source = Overlay::new(tensors, self.checkpoint);
         let subject = format!("converted layer {layer}");
         let mut runner = GraphRunner::open(&subject, &graph, &source, &self.options)?;
@@ -264,8 +270,9 @@ pub fn gather(
     options: &SessionOptions,
 ) -> Result<LayerStatistics, Error> {
     let layer = weights.layer;
-    let wanted = taps(&[Tap::Query, Tap::Key, Tap::Value]);
-    let graph = layer_graph(checkpoint.config(), layer, &wanted)?;
+    let config = checkpoint.config();
+    let wanted = taps(config, &[Tap::Query, Tap::Key, Tap::Value]);
+    let graph = layer_graph(config, layer, &wanted)?;
     let subject = format!("projections of layer {layer}");
     let mut runner = GraphRunner::open(&subject, &graph, checkpoint, options)?;
     let mut sums = LayerStatistics::new(layer, &weights.attention, &weights.o.weight, statistics)?;
@@ -285,6 +292,25 @@ pub fn gather(
 struct Targets {
     input: HiddenStates,
     attention: Store,
+}
+
+impl Targets {
+    /// What the converted layer should put out for window `i` so that its residual stream `stream` joins
+    /// the original one again: the original attention output and how far the stream is off already.
+    fn compensated(&self, i: usize, stream: &HiddenStates) -> Result<Value, Error> {
+        let (attention, original, converted) = (
+            self.attention.get(i)?,
+            self.input.windows.get(i)?,
+            stream.windows.get(i)?,
+        );
+        let sum = numbers(&attention)?
+            .iter()
+            .zip(numbers(&original)?)
+            .zip(numbers(&converted)?)
+            .map(|((a, h), c)| a + (h - c))
+            .collect();
+        Ok(Value::new(HostTensor::f32(attention.shape(), sum))?)
+    }
 }
 
 /// Converts a layer from its weights alone.

@@ -10,7 +10,7 @@ use mlac_model::Refusal;
 use crate::error::Error;
 
 /// The steps that can be switched, with what they are.
-pub const STEPS: [(&str, &str); 10] = [
+pub const STEPS: [(&str, &str); 11] = [
     (
         "allocation",
         "ranks by layer where they lower the model's loss most (with --budget)",
@@ -27,6 +27,10 @@ pub const STEPS: [(&str, &str); 10] = [
     ("balance", "search for the balance of keys and values"),
     ("sequential", "statistics from the converted layers below"),
     ("refit", "ridge refit of the output projection"),
+    (
+        "compensation",
+        "the refit makes up for the drift of the residual stream",
+    ),
 ];
 
 /// A recipe and whether calibration is sequential.
@@ -90,6 +94,8 @@ pub fn resolve(given: &[String]) -> Result<Steps, Error> {
     }
     if !runs("refit") {
         recipe.refit = None;
+    } else if let Some(refit) = &mut recipe.refit {
+        refit.compensate = runs("compensation");
     }
     Ok(Steps {
         recipe,
