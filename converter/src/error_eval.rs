@@ -55,19 +55,6 @@ impl<'a> LayerEvaluator<'a> {
         })
     }
 
-    /// What the layer should put out at the evaluated rows of a kept window, `[rows, D]`.
-    pub(crate) fn targets(&self, window: usize) -> &Matrix<f32> {
-        &self.windows[window].output
-    }
-
-    /// Relative squared error on one kept window.
-    pub(crate) fn window_error(&self, window: usize, factors: &LayerFactors) -> f64 {
-        let window = &self.windows[window];
-        let energy = square_sum(window.output.data());
-        let error = self.square_error(window, factors);
-        if energy > 0.0 { error / energy } else { 0.0 }
-    }
-
     /// Relative squared error of the layer's output; uses the refitted `o_proj` where there is one.
     pub fn error(&self, factors: &LayerFactors) -> f64 {
         self.windows

@@ -6,7 +6,8 @@
 //! 1. Gather [`LayerStatistics`] window by window (or [`prior_statistics`] from weights alone).
 //! 2. Convert: [`methods::recipe::convert_layer`] gives [`LayerFactors`] and a [`LayerReport`].
 //! 3. Optionally refit `o_proj` with [`OutputRefit`] on the converted layer's head outputs.
-//! 4. [`compose`] builds the tensors of the MLA checkpoint.
+//! 4. Optionally [`refine`] the new matrices by gradient steps.
+//! 5. [`compose`] builds the tensors of the MLA checkpoint.
 //!
 //! [`rank`] turns a budget into ranks and [`plan`] into bytes, before any work.
 
@@ -14,12 +15,12 @@ pub mod allocate;
 mod attention;
 mod error;
 pub mod error_eval;
-mod gradient;
 mod layer;
 pub mod linalg;
 pub mod methods;
 pub mod plan;
 pub mod rank;
+pub mod refine;
 mod report;
 pub mod statistics;
 pub mod steps;
@@ -37,10 +38,10 @@ pub use methods::svd::convert_layer_svd;
 pub use methods::transmla::{TransMla, convert_layer_transmla};
 pub use plan::{CachePlan, LayerCache};
 pub use rank::{Budget, RankPlan};
+pub use refine::{RefineOptions, RefineReport, RefineWindows};
 pub use report::LayerReport;
 pub use statistics::{
     DistancePrior, LayerStatistics, StatisticsOptions, WindowActivations, prior_statistics,
 };
 pub use steps::compose::{MlaTensors, compose};
-pub use steps::polish::PolishOptions;
 pub use steps::refit::{OutputRefit, RefitOptions, Refitted};

@@ -33,12 +33,6 @@ pub struct LayerReport {
     /// Relative squared error of the layer's output on the kept windows, with the original
     /// `o_proj`; absent without kept windows.
     pub error: Option<f64>,
-    /// Relative squared error before polishing, on the kept window that is not trained on.
-    #[serde(default)]
-    pub polish_error_before: Option<f64>,
-    /// And after it.
-    #[serde(default)]
-    pub polish_error_after: Option<f64>,
     /// The same as `error` on the calibration tokens of the refit, before it.
     pub refit_error_before: Option<f64>,
     /// And after it.

@@ -39,15 +39,9 @@ impl RotationTable {
         (&self.cos[range.clone()], &self.sin[range])
     }
 
-    /// Turns a vector `[2 * half]` in place by its position, or back.
-    pub(crate) fn turn(&self, x: &mut [f32], position: usize, back: bool) {
-        let (cos, sin) = self.at(position);
-        let (a, b) = x.split_at_mut(self.half);
-        let sign = if back { -1.0 } else { 1.0 };
-        for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-            let sin = sin * sign;
-            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-        }
+    /// Frequencies in the table.
+    pub(crate) fn half(&self) -> usize {
+        self.half
     }
 
     /// Turns one vector `[2 * half]` by its position, times `factor`.

@@ -5,7 +5,6 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, refuse};
 use crate::error_eval::LayerEvaluator;
 use crate::layer::{AttentionShape, Component, LayerFactors, LayerWeights, RankChoice};
-use crate::linalg::Matrix;
 use crate::report::{LayerReport, normalised};
 use crate::statistics::LayerStatistics;
 use crate::steps::absorb::{Split, split};
@@ -15,7 +14,6 @@ use crate::steps::constant::{Constant, constants};
 use crate::steps::lowrank::{
     Decomposed, JointProblem, Metric, QueryWeights, query_energy, query_moments,
 };
-use crate::steps::polish::{PolishOptions, polish};
 use crate::steps::refit::RefitOptions;
 use crate::steps::select::{Selection, importance, select};
 use crate::steps::weights::{TokenWeights, token_moment};
@@ -37,9 +35,6 @@ pub struct Recipe {
     pub metric: Metric,
     /// K/V balance.
     pub balance: Balance,
-    /// Descent on the error of the layer's output after the closed form; `None`: leave it out.
-    /// Needs at least two kept windows, better all of them.
-    pub polish: Option<PolishOptions>,
     /// Refit of `o_proj`, done by the caller with [`crate::OutputRefit`] on the converted layer's
     /// activations; `None`: keep the original.
     pub refit: Option<RefitOptions>,
@@ -60,7 +55,6 @@ impl Default for Recipe {
                 values: vec![0.25, 0.5, 1.0, 2.0],
                 fallback: 4.0,
             },
-            polish: None,
             refit: Some(RefitOptions::default()),
         }
     }
@@ -70,8 +64,6 @@ impl Default for Recipe {
 #[derive(Debug, Clone)]
 pub(crate) struct Prepared {
     shape: AttentionShape,
-    moment: Matrix<f64>,
-    queries: Vec<Matrix<f64>>,
     components: Vec<Component>,
     importance: Vec<f64>,
     kept: Vec<usize>,
@@ -129,8 +121,6 @@ pub(crate) fn prepare(
     let problem = JointProblem::new(statistics, &split, &moment, &queries, recipe.metric)?;
     Ok(Prepared {
         shape,
-        moment,
-        queries,
         components,
         importance,
         kept,
@@ -148,8 +138,6 @@ pub fn convert_layer(
 ) -> Result<(LayerFactors, LayerReport), Error> {
     let Prepared {
         shape,
-        moment,
-        queries,
         components,
         importance,
         kept,
@@ -179,7 +167,7 @@ pub fn convert_layer(
             problem.floored()
         ));
     }
-    let mut report = LayerReport {
+    let report = LayerReport {
         layer: weights.layer,
         method: "recipe".into(),
         ranks,
@@ -200,29 +188,11 @@ pub fn convert_layer(
         beta: balanced.beta,
         error: balanced.error,
         beta_errors: balanced.errors,
-        polish_error_before: None,
-        polish_error_after: None,
         refit_error_before: None,
         refit_error_after: None,
         notes,
     };
-    let mut factors = balanced.factors;
-    if let Some(options) = recipe.polish
-        && let Some(polished) = polish(
-            statistics,
-            &weights.o.weight,
-            &factors,
-            &moment,
-            &queries,
-            options,
-        )?
-    {
-        report.polish_error_before = Some(polished.error_before);
-        report.polish_error_after = Some(polished.error_after);
-        factors = polished.factors;
-        report.error = evaluator.map(|e| e.error(&factors));
-    }
-    Ok((factors, report))
+    Ok((balanced.factors, report))
 }
 
 /// Refuses inputs that do not belong together.

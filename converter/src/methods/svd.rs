@@ -66,8 +66,6 @@ pub fn convert_layer_svd(
         beta: 1.0,
         beta_errors: Vec::new(),
         error: None,
-        polish_error_before: None,
-        polish_error_after: None,
         refit_error_before: None,
         refit_error_after: None,
         notes: Vec::new(),

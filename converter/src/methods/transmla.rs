@@ -93,8 +93,6 @@ pub fn convert_layer_transmla(
         beta: 1.0,
         beta_errors: Vec::new(),
         error,
-        polish_error_before: None,
-        polish_error_after: None,
         refit_error_before: None,
         refit_error_after: None,
         notes: vec![format!("freqfold {fold}, collapse {collapse}")],

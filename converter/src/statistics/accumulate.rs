@@ -28,6 +28,16 @@ impl LayerStatistics {
         window: &WindowActivations<'_>,
         target: &[f32],
     ) -> Result<(), Error> {
+        self.check_target(window, target)?;
+        self.add(window, Some(target))
+    }
+
+    /// Refuses targets that do not belong to the window or are not finite.
+    pub(crate) fn check_target(
+        &self,
+        window: &WindowActivations<'_>,
+        target: &[f32],
+    ) -> Result<(), Error> {
         let expected = window.tokens * self.attention.shape.hidden;
         if target.len() != expected || max_abs_finite(target).is_none() {
             return Err(refuse(
@@ -44,7 +54,7 @@ impl LayerStatistics {
                 "export the calibration graph again from the same checkpoint",
             ));
         }
-        self.add(window, Some(target))
+        Ok(())
     }
 
     fn add(&mut self, window: &WindowActivations<'_>, target: Option<&[f32]>) -> Result<(), Error> {
@@ -156,7 +166,8 @@ impl LayerStatistics {
         Ok(())
     }
 
-    fn check_window(&self, window: &WindowActivations<'_>) -> Result<(), Error> {
+    /// Refuses windows whose parts do not fit the attention or are not finite.
+    pub(crate) fn check_window(&self, window: &WindowActivations<'_>) -> Result<(), Error> {
         let shape = self.attention.shape;
         if window.tokens == 0 {
             return Err(refuse(

@@ -12,7 +12,7 @@ mod sample;
 pub(crate) use prior::statistics_from_weights;
 pub use prior::{DistancePrior, prior_statistics};
 pub use sample::WindowSample;
-pub(crate) use sample::split_mix;
+pub(crate) use sample::{split_mix, stratified_positions};
 
 use faer::c64;
 

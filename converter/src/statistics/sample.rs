@@ -20,7 +20,7 @@ pub struct WindowSample {
 
 impl WindowSample {
     /// Copies a window and the queries at `positions`.
-    pub(super) fn new(
+    pub(crate) fn new(
         window: &WindowActivations<'_>,
         shape: &AttentionShape,
         positions: Vec<usize>,
@@ -55,7 +55,7 @@ pub(super) fn stack(window: &WindowActivations<'_>, shape: &AttentionShape) -> M
 
 /// `count` ascending positions in `0..tokens`, one at a pseudo-random place of each stratum; all
 /// of them when there are no more.
-pub(super) fn stratified_positions(tokens: usize, count: usize, seed: u64) -> Vec<usize> {
+pub(crate) fn stratified_positions(tokens: usize, count: usize, seed: u64) -> Vec<usize> {
     if tokens <= count {
         return (0..tokens).collect();
     }

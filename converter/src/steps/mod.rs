@@ -6,7 +6,6 @@ pub mod basis;
 pub mod compose;
 pub mod constant;
 pub mod lowrank;
-pub mod polish;
 pub mod refit;
 pub mod select;
 pub mod weights;
