@@ -4,8 +4,8 @@ mod common;
 
 use common::{Case, gather, gqa, mla, random_layer, random_rows, relative, rng};
 use mlac_converter::{
-    LayerFactors, LayerStatistics, LayerWeights, RankChoice, Recipe, StatisticsOptions, TransMla,
-    compose, convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
+    LayerFactors, LayerStatistics, LayerWeights, MlaTensors, RankChoice, Recipe, StatisticsOptions,
+    TransMla, compose, convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
 };
 use mlac_model::MlaEncoder;
 use proptest::prelude::*;
@@ -124,6 +124,40 @@ fn full_rank_reproduces_scores_and_outputs() {
         }
     }
     assert!(failures.is_empty(), "{}", failures.join("\n"));
+}
+
+/// What was kept under its names is the same layer again, and a damaged set is refused.
+#[test]
+fn named_tensors_make_the_layer_again() {
+    for (name, case) in CASES {
+        let weights = random_layer(case, 8);
+        let ranks = RankChoice {
+            kv_lora_rank: 6,
+            qk_rope_head_dim: 4,
+        };
+        let (mut factors, _) =
+            convert_layer(&weights, &statistics(&weights), ranks, &Recipe::default())
+                .expect("converts");
+        factors.o_bias = Some(vec![0.25; case.hidden]);
+        let tensors = compose(&weights, &factors).expect("composes");
+        let named = tensors.named();
+        let take = |lost: Option<usize>| {
+            MlaTensors::from_named(&weights, ranks, |name, shape| {
+                let at = named
+                    .iter()
+                    .position(|(n, s, _)| *n == name && s == shape)?;
+                (Some(at) != lost).then(|| named[at].2.to_vec())
+            })
+        };
+        assert_eq!(take(None).expect("whole"), tensors, "{name}");
+        for (i, (tensor, _, _)) in named.iter().enumerate() {
+            if *tensor == "o_proj.bias" && !case.bias {
+                continue;
+            }
+            let message = take(Some(i)).expect_err("refused").to_string();
+            assert!(message.contains(tensor), "{name}: {message}");
+        }
+    }
 }
 
 /// With one KV head `TransMLA` at `d_r = d` is exact too.

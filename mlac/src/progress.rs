@@ -89,6 +89,13 @@ impl Stage {
         self.bar.set_message(what.into());
     }
 
+    /// Tells how far long work inside a step is, where lines are told.
+    pub fn line(&self, text: &str) {
+        if self.mode == Progress::Lines {
+            say(text);
+        }
+    }
+
     /// Seconds since the stage started.
     pub fn seconds(&self) -> f64 {
         self.started.elapsed().as_secs_f64()

@@ -72,6 +72,11 @@ pub fn refuse_existing(target: &Path) -> Result<(), Error> {
 
 /// `<target>.partial`, beside the target.
 pub fn partial_name(target: &Path) -> Result<PathBuf, Error> {
+    beside(target, ".partial")
+}
+
+/// `<target><ending>`, beside the target.
+pub fn beside(target: &Path, ending: &str) -> Result<PathBuf, Error> {
     let Some(name) = target.file_name() else {
         return Err(Refusal::new(
             format!("output {}", target.display()),
@@ -81,9 +86,9 @@ pub fn partial_name(target: &Path) -> Result<PathBuf, Error> {
         )
         .into());
     };
-    let mut partial = name.to_os_string();
-    partial.push(".partial");
-    Ok(target.with_file_name(partial))
+    let mut beside = name.to_os_string();
+    beside.push(ending);
+    Ok(target.with_file_name(beside))
 }
 
 /// Writes a file beside its final name and renames it.

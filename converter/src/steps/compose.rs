@@ -9,8 +9,8 @@
 
 use mlac_model::{MlaEncoder, MlaLayer};
 
-use crate::error::Error;
-use crate::layer::{LayerFactors, LayerWeights, Projection};
+use crate::error::{Error, refuse};
+use crate::layer::{LayerFactors, LayerWeights, Projection, RankChoice};
 use crate::linalg::Matrix;
 
 /// The tensors of one converted layer.
@@ -82,6 +82,90 @@ impl MlaTensors {
         ));
         list
     }
+}
+
+impl MlaTensors {
+    /// The tensors of a layer whose new ones were kept as [`MlaTensors::named`] gives them: `take`
+    /// gives the numbers of a name in a shape, or none where there is no such tensor.
+    pub fn from_named(
+        weights: &LayerWeights,
+        ranks: RankChoice,
+        mut take: impl FnMut(&str, &[usize]) -> Option<Vec<f32>>,
+    ) -> Result<Self, Error> {
+        weights.check()?;
+        let shape = weights.attention.shape;
+        ranks.check(&shape)?;
+        let (d, r, d_r) = (shape.head_dim, ranks.kv_lora_rank, ranks.qk_rope_head_dim);
+        let (heads, encoder) = (shape.query_heads, weights.encoder);
+        let hidden = encoder == MlaEncoder::Hidden;
+        let normed = encoder == MlaEncoder::NormedKey;
+        let mut matrix = |name: &str, rows: usize, cols: usize| {
+            let data = take(name, &[rows, cols]).ok_or_else(|| lost(weights, name))?;
+            Ok::<_, Error>(Matrix::from_vec(rows, cols, data))
+        };
+        let input = if normed {
+            shape.stacked_width()
+        } else {
+            shape.hidden
+        };
+        let q_weight = hidden
+            .then(|| matrix("q_proj.weight", heads * (d + d_r), shape.hidden))
+            .transpose()?;
+        let kv_a_weight = matrix("kv_a_proj_with_mqa.weight", r + d_r, input)?;
+        let o_weight = matrix("o_proj.weight", shape.hidden, heads * d)?;
+        let kv_b_proj = matrix("kv_b_proj.weight", heads * 2 * d, r)?;
+        let q_rope_proj = (!hidden)
+            .then(|| matrix("q_rope_proj.weight", heads * d_r, d))
+            .transpose()?;
+        let rotary_inv_freq =
+            take("rotary_inv_freq", &[d_r / 2]).ok_or_else(|| lost(weights, "rotary_inv_freq"))?;
+        let mut bias = |name: &str, needed: bool, size: usize| match take(name, &[size]) {
+            None if needed => Err(lost(weights, name)),
+            found => Ok(found),
+        };
+        let affine = !normed && (weights.k.bias.is_some() || weights.v.bias.is_some());
+        let q_bias = hidden && weights.q.bias.is_some();
+        Ok(Self {
+            form: MlaLayer {
+                kv_lora_rank: r,
+                qk_rope_head_dim: d_r,
+                qk_nope_head_dim: d,
+                v_head_dim: d,
+                encoder,
+            },
+            q_proj: match q_weight {
+                Some(weight) => Projection {
+                    weight,
+                    bias: bias("q_proj.bias", q_bias, heads * (d + d_r))?,
+                },
+                None => weights.q.clone(),
+            },
+            kv_a_proj_with_mqa: Projection {
+                weight: kv_a_weight,
+                bias: bias("kv_a_proj_with_mqa.bias", affine, r + d_r)?,
+            },
+            kv_b_proj,
+            o_proj: Projection {
+                weight: o_weight,
+                bias: bias("o_proj.bias", weights.o.bias.is_some(), shape.hidden)?,
+            },
+            q_rope_proj,
+            k_proj: normed.then(|| weights.k.clone()),
+            v_proj: normed.then(|| weights.v.clone()),
+            q_norm: weights.q_norm.clone(),
+            k_norm: weights.k_norm.clone(),
+            rotary_inv_freq,
+        })
+    }
+}
+
+fn lost(weights: &LayerWeights, name: &str) -> Error {
+    refuse(
+        format!("kept tensor {name} of layer {}", weights.layer),
+        "one of the layer's shape",
+        "none",
+        "remove the file; the layer is then converted again",
+    )
 }
 
 /// Builds the tensors of a converted layer.

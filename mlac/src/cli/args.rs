@@ -142,6 +142,16 @@ pub struct CalibArgs {
     /// Steps of the recipe to run, or to leave out with a leading `-`: such as `-refit,-sequential` [default: all].
     #[arg(long, allow_hyphen_values = true, value_delimiter = ',')]
     pub steps: Vec<String>,
+    /// Gradient steps on every converted layer after the closed forms, to heal it; a killed run takes up
+    /// the layers it has done. 0: none, the conversion is free of training.
+    #[arg(long, value_name = "STEPS", default_value_t = 0)]
+    pub refine: usize,
+    /// Query rows of one calibration window in a gradient step.
+    #[arg(long, value_name = "ROWS", default_value_t = 128)]
+    pub refine_rows: usize,
+    /// Largest gradient step relative to the size of each matrix.
+    #[arg(long, value_name = "RATE", default_value_t = 0.003)]
+    pub refine_rate: f64,
     /// Neighbouring frequencies merged by FreqFold (transmla only) [default: the fewest the rotary key allows].
     #[arg(long)]
     pub freqfold: Option<usize>,

@@ -6,8 +6,9 @@
 
 use mlac_converter::{
     Attention, AttentionShape, LayerFactors, LayerReport, LayerStatistics, LayerWeights, Matrix,
-    MlaTensors, OutputRefit, Projection, Rotary, StatisticsOptions, WindowActivations, compose,
-    convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
+    MlaTensors, OutputRefit, Projection, RefineReport, Rotary, StatisticsOptions,
+    WindowActivations, compose, convert_layer, convert_layer_svd, convert_layer_transmla,
+    prior_statistics,
 };
 use mlac_engines::ort::{HostTensor, SessionOptions, Value};
 use mlac_graph::builders::{Tap, layer_graph, rest_of_layer_graph};
@@ -15,6 +16,8 @@ use mlac_graph::onnx::{MemoryWeights, Overlay};
 use mlac_model::{Checkpoint, MlaEncoder, ModelConfig};
 
 use super::convert::{LayerPlan, Method};
+use super::refine::{Converted, Refinement, fit_output};
+use super::refined_layers::Kept;
 use super::store::Store;
 use super::streams::{GraphRunner, HiddenStates, numbers, taps};
 use crate::error::Error;
@@ -27,6 +30,8 @@ pub struct ConvertedLayer {
     pub report: LayerReport,
     /// Relative distance of the two residual streams after the layer.
     pub stream_error: Option<f64>,
+    /// What gradient steps gave, where some were asked for.
+    pub refined: Option<RefineReport>,
 }
 
 /// The attention weights of one layer, read from the checkpoint as f32.
@@ -102,6 +107,8 @@ pub struct Walk<'a> {
     original: HiddenStates,
     /// The converted stream, from the first converted layer on.
     stream: Option<HiddenStates>,
+    /// Gradient steps on the converted layers, if any.
+    pub refinement: Option<Refinement<'a>>,
 }
 
 impl<'a> Walk<'a> {
@@ -123,11 +130,15 @@ impl<'a> Walk<'a> {
             sequential,
             original,
             stream: None,
+            refinement: None,
         })
     }
 
     /// Passes a layer that is not converted.
     pub fn pass(&mut self, layer: usize) -> Result<(), Error> {
+        if let Some(refinement) = &mut self.refinement {
+            refinement.reach(self.checkpoint, layer, None)?;
+        }
         let config = self.checkpoint.config();
         self.original
             .advance(config, self.checkpoint, layer, &self.options)?;
@@ -140,11 +151,18 @@ impl<'a> Walk<'a> {
     /// Converts a layer and moves both streams over it.
     pub fn convert(&mut self, plan: &LayerPlan, method: &Method) -> Result<ConvertedLayer, Error> {
         let weights = layer_weights(self.checkpoint, plan.layer)?;
+        if let Some(refinement) = &mut self.refinement {
+            refinement.reach(self.checkpoint, plan.layer, Some(plan))?;
+        }
         let targets = self.run_original(plan.layer)?;
         let stream = match self.stream.take() {
             Some(stream) => stream,
             None => targets.input.copy()?,
         };
+        let kept = |refinement: &Refinement<'_>| refinement.take_up(&weights, plan);
+        if let Some(kept) = self.refinement.as_ref().and_then(kept) {
+            return self.take_up(plan.layer, stream, kept);
+        }
         let source = if self.sequential {
             &stream
         } else {
@@ -158,17 +176,18 @@ impl<'a> Walk<'a> {
             &self.options,
         )?;
         let (mut factors, mut report) = run_method(&weights, &statistics, plan, method)?;
-        drop(statistics);
 
         let mut tensors = compose(&weights, &factors)?;
-        if !self.sequential && method.refit().is_none() {
+        if !self.sequential && method.refit().is_none() && self.refinement.is_none() {
             return Ok(ConvertedLayer {
                 tensors,
                 report,
                 stream_error: None,
+                refined: None,
             });
         }
-        let heads = self.run_converted(plan.layer, &in_memory(plan.layer, &tensors)?, &stream)?;
+        let mut heads =
+            self.run_converted(plan.layer, &in_memory(plan.layer, &tensors)?, &stream)?;
         if let Some(options) = method.refit() {
             let mut refit = OutputRefit::new(plan.layer, &weights.attention.shape);
             for i in 0..heads.count() {
@@ -187,6 +206,44 @@ impl<'a> Walk<'a> {
             factors.o_bias = refitted.bias;
             tensors = compose(&weights, &factors)?;
         }
+        let mut refined = None;
+        if let Some(refinement) = &self.refinement {
+            let result = refinement.run(&Converted {
+                checkpoint: self.checkpoint,
+                weights: &weights,
+                statistics: &statistics,
+                factors: &factors,
+                heads: &heads,
+                stream: &stream,
+                targets: &targets.attention,
+                refit: method.refit(),
+                session: &self.options,
+            })?;
+            if let Some(better) = result.factors {
+                factors = better;
+                tensors = compose(&weights, &factors)?;
+                heads =
+                    self.run_converted(plan.layer, &in_memory(plan.layer, &tensors)?, &stream)?;
+                if let Some(options) = method.refit() {
+                    let all: Vec<usize> = (0..heads.count()).collect();
+                    let fitted = fit_output(
+                        &weights,
+                        &tensors.o_proj,
+                        &heads,
+                        &targets.attention,
+                        &all,
+                        options,
+                    )?;
+                    report.refit_error_after = Some(fitted.error_after);
+                    factors.o = Some(fitted.o);
+                    factors.o_bias = fitted.bias;
+                    tensors = compose(&weights, &factors)?;
+                }
+            }
+            refinement.keep(plan.layer, &tensors, &report, &result.report)?;
+            refined = Some(result.report);
+        }
+        drop(statistics);
         let stream = self.finish_layer(
             plan.layer,
             &in_memory(plan.layer, &tensors)?,
@@ -199,6 +256,27 @@ impl<'a> Walk<'a> {
             tensors,
             report,
             stream_error,
+            refined,
+        })
+    }
+
+    /// Moves both streams over a layer that an earlier run refined.
+    fn take_up(
+        &mut self,
+        layer: usize,
+        stream: HiddenStates,
+        kept: Kept,
+    ) -> Result<ConvertedLayer, Error> {
+        let tensors = in_memory(layer, &kept.tensors)?;
+        let heads = self.run_converted(layer, &tensors, &stream)?;
+        let stream = self.finish_layer(layer, &tensors, stream, &heads)?;
+        let stream_error = Some(stream.relative_distance(&self.original)?);
+        self.stream = Some(stream);
+        Ok(ConvertedLayer {
+            tensors: kept.tensors,
+            report: kept.report,
+            stream_error,
+            refined: Some(kept.refined),
         })
     }
 
@@ -327,6 +405,7 @@ pub fn convert_from_weights(
         tensors,
         report,
         stream_error: None,
+        refined: None,
     })
 }
 

@@ -7,7 +7,9 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use mlac_converter::{RankChoice, Recipe, RefitOptions, StatisticsOptions, TransMla};
+use mlac_converter::{
+    RankChoice, Recipe, RefineOptions, RefitOptions, StatisticsOptions, TransMla,
+};
 use mlac_engines::ort::SessionOptions;
 use mlac_model::checkpoint::{CheckpointWriter, copy_tensors, expected_tensors};
 use mlac_model::config::mla_config_json;
@@ -20,6 +22,7 @@ use sha2::{Digest, Sha256};
 
 use super::calibrate::{ConvertedLayer, Walk, convert_from_weights, tensor_name};
 use super::ranks::cache_plan;
+use super::refine::{RefineRequest, Refinement};
 use crate::error::Error;
 use crate::progress::Progress;
 use crate::release::{Card, remote_code};
@@ -104,6 +107,8 @@ pub struct ConvertRequest<'a> {
     pub max_shard: u64,
     /// Threads for ONNX Runtime.
     pub threads: usize,
+    /// Gradient steps on the converted layers, if any.
+    pub refine: Option<RefineRequest>,
 }
 
 impl ConvertRequest<'_> {
@@ -126,6 +131,9 @@ pub struct Record {
     pub recipe: serde_json::Value,
     /// Where statistics come from.
     pub calibration: CalibrationRecord,
+    /// Gradient steps on every converted layer; absent in a conversion without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refine: Option<RefineOptions>,
     /// Numbers that all layers cache of one token, inside every sliding window, before.
     pub gqa_cache_numbers: usize,
     /// And after.
@@ -199,6 +207,7 @@ pub fn convert(request: &ConvertRequest<'_>, progress: Progress) -> Result<Recor
         method: request.method.name().to_owned(),
         recipe: recipe_json(&request.method)?,
         calibration: calibration_record(request, windows.as_ref()),
+        refine: request.refine.as_ref().map(|r| r.options),
         gqa_cache_numbers: numbers.0,
         mla_cache_numbers: numbers.1,
         layers: rows,
@@ -354,6 +363,13 @@ fn convert_layers(
         statistics,
         request.sequential,
     )?;
+    walk.refinement = match &request.refine {
+        Some(refine) => {
+            let foundation = foundation(request, chosen)?;
+            Some(Refinement::new(refine, &foundation, progress, &stage))
+        }
+        None => None,
+    };
     for layer in 0..=last {
         stage.doing(format!("layer {layer}"));
         match request.layers.iter().find(|p| p.layer == layer) {
@@ -362,8 +378,24 @@ fn convert_layers(
         }
         stage.step();
     }
+    drop(walk);
     drop(stage);
     Ok(rows)
+}
+
+/// Everything but layers that a refined layer depends on.
+fn foundation(request: &ConvertRequest<'_>, chosen: &Chosen) -> Result<String, Error> {
+    let checkpoint = request.checkpoint;
+    pretty(&serde_json::json!({
+        "mlac": env!("CARGO_PKG_VERSION"),
+        "config": checkpoint.raw_config(),
+        "embedding": checkpoint.sha256("model.embed_tokens.weight")?,
+        "method": request.method.name(),
+        "recipe": recipe_json(&request.method)?,
+        "calibration": calibration_record(request, Some(chosen)),
+        "query_rows": statistics_options(&request.calibration).sampled_rows,
+        "refine": request.refine.as_ref().map(|r| r.options),
+    }))
 }
 
 /// How the statistics of a calibration are gathered.
@@ -431,6 +463,7 @@ fn layer_row(plan: &LayerPlan, converted: ConvertedLayer) -> LayerRow {
         refit_error_before: report.refit_error_before,
         refit_error: report.refit_error_after,
         stream_error: converted.stream_error,
+        refined: converted.refined,
         spectrum: report.spectrum,
         beta: report.beta,
         kept_by_frequency: report.kept_by_frequency,

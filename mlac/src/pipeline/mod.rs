@@ -10,6 +10,8 @@ pub mod evaluate;
 pub mod export;
 pub mod generate;
 pub mod ranks;
+pub mod refine;
+pub mod refined_layers;
 pub mod steps;
 pub mod store;
 pub mod streams;

@@ -69,6 +69,14 @@ impl Card<'_> {
             self.source,
             self.record.mlac,
         );
+        if let Some(refine) = &self.record.refine {
+            let _ = write!(
+                out,
+                "\nThe conversion is **not free of training**: every converted layer was refined by {} gradient steps \
+                 towards the source layer's attention output on the calibration text. No other weights were trained.\n",
+                refine.steps
+            );
+        }
     }
 
     fn cache(&self, out: &mut String) {
@@ -141,6 +149,24 @@ impl Card<'_> {
                 figure(layer.refit_error)
             );
         }
+        if let Some(refine) = &record.refine {
+            let _ = write!(
+                out,
+                "\nRefinement: {} steps a layer, {} query rows a step, rate {}. Errors on calibration windows that \
+                 were not trained on:\n\n| layer | before | after | share of the way taken |\n|---|---|---|---|\n",
+                refine.steps, refine.rows, refine.rate
+            );
+            for layer in &record.layers {
+                let Some(refined) = &layer.refined else {
+                    continue;
+                };
+                let _ = writeln!(
+                    out,
+                    "| {} | {:.4} | {:.4} | {:.1} |",
+                    layer.layer, refined.error_before, refined.error_after, refined.share
+                );
+            }
+        }
     }
 
     fn usage(&self, out: &mut String) {
@@ -208,6 +234,7 @@ mod tests {
                 seed: 0,
                 sequential: false,
             },
+            refine: None,
             gqa_cache_numbers: 128,
             mla_cache_numbers: 96,
             layers: vec![],
@@ -234,6 +261,7 @@ mod tests {
         };
         card.quality = Some(&quality);
         let text = card.markdown();
+        assert!(!text.contains("training"), "{text}");
         assert!(text.contains("11.000, source 10.000 (x 1.100)"), "{text}");
     }
 }

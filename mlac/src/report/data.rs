@@ -1,5 +1,6 @@
 //! What a report says, as data: written to `report.json`, drawn by [`super::html`].
 
+use mlac_converter::RefineReport;
 use serde::{Deserialize, Serialize};
 
 /// Cache of the whole model at one context.
@@ -30,6 +31,9 @@ pub struct LayerRow {
     pub refit_error: Option<f64>,
     /// Relative distance of the converted residual stream from the original one after this layer.
     pub stream_error: Option<f64>,
+    /// What gradient steps gave; absent without.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refined: Option<RefineReport>,
     /// Eigenvalues of the joint second moment, largest first, as shares of their sum.
     pub spectrum: Vec<f64>,
     /// Chosen balance of keys and values.

@@ -131,8 +131,19 @@ pub fn report_charts(report: &Report) -> Vec<Chart> {
             series: vec![
                 line("attention output", by_layer(&|l| l.output_error)),
                 line("after refit", by_layer(&|l| l.refit_error)),
+                line(
+                    "held out, before refinement",
+                    by_layer(&|l| l.refined.as_ref().map(|r| r.error_before)),
+                ),
+                line(
+                    "held out, after refinement",
+                    by_layer(&|l| l.refined.as_ref().map(|r| r.error_after)),
+                ),
                 line("residual stream", by_layer(&|l| l.stream_error)),
-            ],
+            ]
+            .into_iter()
+            .filter(|s: &Series| !s.points.is_empty())
+            .collect(),
         },
     ];
     let picked = spectra_of(report);

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use mlac_converter::{Budget, Recipe};
+use mlac_converter::{Budget, Recipe, RefineOptions};
 use mlac_model::{Checkpoint, Dtype, Refusal};
 
 use super::Context;
@@ -17,8 +17,11 @@ use crate::pipeline::convert::{
     statistics_options,
 };
 use crate::pipeline::ranks::cache_plan;
+use crate::pipeline::refine::RefineRequest;
+use crate::pipeline::refined_layers::remove;
 use crate::pipeline::{allocate, steps};
 use crate::report::data::HEADLINE_CONTEXT;
+use crate::staging::beside;
 
 /// The method, whether calibration is sequential, and whether a budget is distributed by measured
 /// loss.
@@ -81,9 +84,10 @@ fn model_dtype(dtype: DtypeArg) -> Dtype {
     }
 }
 
+/// A conversion into `output`, of a command that leaves `finally`.
 pub(super) fn convert_request<'a>(
     checkpoint: &'a Checkpoint,
-    output: &'a Path,
+    (output, finally): (&'a Path, &Path),
     ranks: &RankArgs,
     calib: &CalibArgs,
     dtype: DtypeArg,
@@ -94,6 +98,7 @@ pub(super) fn convert_request<'a>(
     let (even, _) = wanted.plan(checkpoint.config())?;
     let (method, sequential, allocation) = method(calib)?;
     let calibration = calibration(calib, wanted.budget)?;
+    let refine = refinement(calib, &calibration, finally)?;
     let layers = match (&method, wanted.budget) {
         (Method::Recipe(recipe), Budget::Fraction(fraction)) if allocation && fraction < 1.0 => {
             distribute(
@@ -118,7 +123,48 @@ pub(super) fn convert_request<'a>(
         dtype: model_dtype(dtype),
         max_shard,
         threads: context.threads,
+        refine,
     })
+}
+
+/// Gradient steps, if any were asked for; `output`: the folder that the command leaves.
+fn refinement(
+    args: &CalibArgs,
+    calibration: &Calibration,
+    output: &Path,
+) -> Result<Option<RefineRequest>, Error> {
+    if args.refine == 0 {
+        return Ok(None);
+    }
+    let Calibration::Text { windows, seed, .. } = calibration else {
+        return Err(Refusal::new(
+            "--refine",
+            "a calibration text, on which steps are done",
+            "statistics from the weights alone",
+            "give --calib FILE, or leave --refine out",
+        )
+        .into());
+    };
+    if *windows < 2 {
+        return Err(Refusal::new(
+            "--refine",
+            "at least 2 calibration windows, of which one is not trained on",
+            windows.to_string(),
+            "raise --calib-windows",
+        )
+        .into());
+    }
+    let options = RefineOptions {
+        steps: args.refine,
+        rows: args.refine_rows,
+        rate: args.refine_rate,
+        seed: *seed,
+    };
+    options.check()?;
+    Ok(Some(RefineRequest {
+        options,
+        folder: beside(output, ".refine")?,
+    }))
 }
 
 /// A budget over the layers by measured loss, told before any conversion starts; without
@@ -166,7 +212,7 @@ pub(super) fn run(args: &ConvertArgs, context: Context) -> Result<bool, Error> {
     let checkpoint = Checkpoint::open(&args.model)?;
     let request = convert_request(
         &checkpoint,
-        &args.output,
+        (&args.output, &args.output),
         &args.ranks,
         &args.calib,
         args.dtype,
@@ -174,8 +220,14 @@ pub(super) fn run(args: &ConvertArgs, context: Context) -> Result<bool, Error> {
         context,
     )?;
     let record = convert(&request, context.progress)?;
+    forget_refined(request.refine.as_ref())?;
     context.show(&record, &convert_text(&request, &record))?;
     Ok(true)
+}
+
+/// Removes the refined layers of a command that is done.
+pub(super) fn forget_refined(refine: Option<&RefineRequest>) -> Result<(), Error> {
+    refine.map_or(Ok(()), |refine| remove(&refine.folder))
 }
 
 /// Bytes of a cached number in summaries.
@@ -195,6 +247,10 @@ fn convert_text(request: &ConvertRequest<'_>, record: &Record) -> String {
                 format!("{:.2}", l.beta),
                 number(l.output_error),
                 number(l.refit_error),
+                l.refined.as_ref().map_or_else(
+                    || "-".to_owned(),
+                    |r| format!("{:.4} to {:.4}", r.error_before, r.error_after),
+                ),
                 number(l.stream_error),
             ]
         })
@@ -206,12 +262,14 @@ fn convert_text(request: &ConvertRequest<'_>, record: &Record) -> String {
             "balance",
             "output error",
             "after refit",
+            "refined, held out",
             "stream error",
         ],
         &rows,
     );
     for layer in &record.layers {
-        for note in &layer.notes {
+        let refined = layer.refined.iter().filter_map(|r| r.note.as_ref());
+        for note in layer.notes.iter().chain(refined) {
             let _ = writeln!(text, "layer {}: {note}", layer.layer);
         }
     }
