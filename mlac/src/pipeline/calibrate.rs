@@ -6,9 +6,8 @@
 
 use mlac_converter::{
     Attention, AttentionShape, LayerFactors, LayerReport, LayerStatistics, LayerWeights, Matrix,
-    MlaTensors, OutputRefit, Projection, RefineReport, Rotary, StatisticsOptions,
-    WindowActivations, compose, convert_layer, convert_layer_svd, convert_layer_transmla,
-    prior_statistics,
+    MlaTensors, Projection, RefineReport, Rotary, StatisticsOptions, WindowActivations, compose,
+    convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
 };
 use mlac_engines::ort::{HostTensor, SessionOptions, Value};
 use mlac_graph::builders::{Tap, layer_graph, rest_of_layer_graph};
@@ -188,22 +187,18 @@ impl<'a> Walk<'a> {
         }
         let mut heads =
             self.run_converted(plan.layer, &in_memory(plan.layer, &tensors)?, &stream)?;
-        if let Some(options) = method.refit() {
-            let mut refit = OutputRefit::new(plan.layer, &weights.attention.shape);
-            for i in 0..heads.count() {
-                let target = if options.compensate {
-                    targets.compensated(i, &stream)?
-                } else {
-                    targets.attention.get(i)?
-                };
-                let heads = heads.get(i)?;
-                refit.accumulate(stream.tokens, numbers(&heads)?, numbers(&target)?)?;
-            }
-            let refitted = refit.solve(&weights.o, options)?;
-            report.refit_error_before = Some(refitted.error_before);
-            report.refit_error_after = Some(refitted.error_after);
-            factors.o = Some(refitted.o);
-            factors.o_bias = refitted.bias;
+        let refit = method.refit();
+        let wanted = match refit {
+            Some(options) if options.compensate => targets.compensated(&stream)?,
+            _ => targets.attention,
+        };
+        let all: Vec<usize> = (0..heads.count()).collect();
+        if let Some(options) = refit {
+            let fitted = fit_output(&weights, &weights.o, &heads, &wanted, &all, options)?;
+            report.refit_error_before = Some(fitted.error_before);
+            report.refit_error_after = Some(fitted.error_after);
+            factors.o = Some(fitted.o);
+            factors.o_bias = fitted.bias;
             tensors = compose(&weights, &factors)?;
         }
         let mut refined = None;
@@ -215,8 +210,8 @@ impl<'a> Walk<'a> {
                 factors: &factors,
                 heads: &heads,
                 stream: &stream,
-                targets: &targets.attention,
-                refit: method.refit(),
+                targets: &wanted,
+                refit,
                 session: &self.options,
             })?;
             if let Some(better) = result.factors {
@@ -224,16 +219,9 @@ impl<'a> Walk<'a> {
                 tensors = compose(&weights, &factors)?;
                 heads =
                     self.run_converted(plan.layer, &in_memory(plan.layer, &tensors)?, &stream)?;
-                if let Some(options) = method.refit() {
-                    let all: Vec<usize> = (0..heads.count()).collect();
-                    let fitted = fit_output(
-                        &weights,
-                        &tensors.o_proj,
-                        &heads,
-                        &targets.attention,
-                        &all,
-                        options,
-                    )?;
+                if let Some(options) = refit {
+                    let refined = &tensors.o_proj;
+                    let fitted = fit_output(&weights, refined, &heads, &wanted, &all, options)?;
                     report.refit_error_after = Some(fitted.error_after);
                     factors.o = Some(fitted.o);
                     factors.o_bias = fitted.bias;
@@ -373,21 +361,25 @@ struct Targets {
 }
 
 impl Targets {
-    /// What the converted layer should put out for window `i` so that its residual stream `stream` joins
-    /// the original one again: the original attention output and how far the stream is off already.
-    fn compensated(&self, i: usize, stream: &HiddenStates) -> Result<Value, Error> {
-        let (attention, original, converted) = (
-            self.attention.get(i)?,
-            self.input.windows.get(i)?,
-            stream.windows.get(i)?,
-        );
-        let sum = numbers(&attention)?
-            .iter()
-            .zip(numbers(&original)?)
-            .zip(numbers(&converted)?)
-            .map(|((a, h), c)| a + (h - c))
-            .collect();
-        Ok(Value::new(HostTensor::f32(attention.shape(), sum))?)
+    /// What the converted layer should put out so that its residual stream, `stream` before the layer,
+    /// joins the original one again: the original attention output and how far the stream is off.
+    fn compensated(self, stream: &HiddenStates) -> Result<Store, Error> {
+        let mut wanted = self.attention;
+        for i in 0..wanted.count() {
+            let (attention, original, converted) = (
+                wanted.get(i)?,
+                self.input.windows.get(i)?,
+                stream.windows.get(i)?,
+            );
+            let sum = numbers(&attention)?
+                .iter()
+                .zip(numbers(&original)?)
+                .zip(numbers(&converted)?)
+                .map(|((a, h), c)| a + (h - c))
+                .collect();
+            wanted.set(i, Value::new(HostTensor::f32(attention.shape(), sum))?)?;
+        }
+        Ok(wanted)
     }
 }
 

@@ -55,7 +55,7 @@ pub struct Converted<'a> {
     pub heads: &'a Store,
     /// The converted layers' stream before this layer.
     pub stream: &'a HiddenStates,
-    /// The original layer's attention outputs.
+    /// What the layer should put out.
     pub targets: &'a Store,
     /// How the output projection is fitted, if it is.
     pub refit: Option<RefitOptions>,
@@ -189,7 +189,8 @@ impl<'a> Windows<'a> {
     fn of(layer: &Converted<'a>) -> Result<Self, Error> {
         let config = layer.checkpoint.config();
         let index = layer.weights.layer;
-        let graph = layer_graph(config, index, &taps(&[Tap::Query, Tap::Key, Tap::Value]))?;
+        let wanted = taps(config, &[Tap::Query, Tap::Key, Tap::Value]);
+        let graph = layer_graph(config, index, &wanted)?;
         let subject = format!("projections of layer {index}");
         let mut runner = GraphRunner::open(&subject, &graph, layer.checkpoint, layer.session)?;
         let (stream, shape) = (layer.stream, layer.weights.attention.shape);

@@ -305,7 +305,11 @@ mod tests {
     #[test]
     fn pieces_give_what_the_whole_sequence_gives() {
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
-        for (name, layers) in [("llama_gqa", 1), ("mistral_window", 1), ("gpt_oss_dense", 2)] {
+        for (name, layers) in [
+            ("llama_gqa", 1),
+            ("mistral_window", 1),
+            ("gpt_oss_dense", 2),
+        ] {
             let checkpoint = Checkpoint::open(fixtures.join(name)).unwrap();
             let config = checkpoint.config();
             let (tokens, width) = (45, config.hidden_size);
