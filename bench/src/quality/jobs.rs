@@ -240,12 +240,15 @@ pub fn convert_args(
     if let Method::Transmla | Method::Svd = conversion.method {
         add("--method", conversion.method.name().to_owned());
     }
-    if conversion.method == Method::Recipe {
+    if let Method::Recipe | Method::RecipeRefined = conversion.method {
         let fraction = conversion.size.width() as f64 / width as f64;
         add("--budget", fraction.to_string());
     } else {
         add("--kv-lora-rank", conversion.size.latent.to_string());
         add("--rope-dim", conversion.size.rotary.to_string());
+    }
+    if conversion.method == Method::RecipeRefined {
+        add("--refine", request.refine.to_string());
     }
     if calibrated {
         if conversion.seed != 0 {
@@ -305,14 +308,14 @@ mod tests {
     fn each_conversion_is_run_once() {
         let steps = ["basis", "refit", ALLOCATION];
         let all = jobs(&request(""), &steps);
-        // Three windows of the original, 5 sizes x 4 methods, two more seeds, two steps left out: the full
+        // Three windows of the original, 5 sizes x 5 methods, two more seeds, two steps left out: the full
         // recipe is in the main table already.
-        assert_eq!(all.len(), 3 + 20 + 2 + 2);
+        assert_eq!(all.len(), 3 + 25 + 2 + 2);
         for (i, job) in all.iter().enumerate() {
             assert!(!all[..i].contains(job), "{} twice", job.label());
         }
         let compared = all.iter().filter(|j| j.windows.len() == 3).count();
-        assert_eq!(compared, 4, "every method at the middle size");
+        assert_eq!(compared, 5, "every method at the middle size");
         let alone = jobs(
             &request("--methods svd --sizes 80+64 --seeds 0 --windows-list none --ablation 128+64"),
             &steps,
@@ -323,7 +326,7 @@ mod tests {
             "the ablation brings its own full recipe"
         );
         let seeds = jobs(&request("--all-seeds --ablation none"), &steps);
-        assert_eq!(seeds.len(), 3 + 20 + 2 * 5 * 3);
+        assert_eq!(seeds.len(), 3 + 25 + 2 * 5 * 4);
     }
 
     #[test]
@@ -346,6 +349,10 @@ mod tests {
         assert_eq!(
             args(Method::Recipe, None),
             "convert m -o o --calib c --budget 0.5 --calib-seed 5 --calib-window 64 --json"
+        );
+        assert_eq!(
+            args(Method::RecipeRefined, None),
+            "convert m -o o --calib c --budget 0.5 --refine 200 --calib-seed 5 --calib-window 64 --json"
         );
         assert_eq!(
             args(Method::RecipeUniform, Some("refit")),

@@ -11,7 +11,8 @@ use serde::{Deserialize, Serialize};
 pub const USAGE: &str = "\
 Usage: quality --model MODEL --calib TEXT --eval TEXT --work DIR [options]
 
-  --methods LIST       recipe,recipe-uniform,transmla,svd
+  --methods LIST       recipe,recipe-refined,recipe-uniform,transmla,svd
+  --refine N           gradient steps of recipe-refined: 200
   --sizes LIST         cached numbers of a converted layer: 224+64,128+64,80+64,64+32,16+32
   --middle SIZE        where seeds and window lengths are compared [default: the middle one of the sizes by cache]
   --seeds LIST         which calibration windows: 0,1,2; those after the first for the recipe at the middle size
@@ -69,6 +70,8 @@ impl fmt::Display for Size {
 pub enum Method {
     /// The recipe, the budget distributed over the layers.
     Recipe,
+    /// The same, and gradient steps on every layer: not free of training.
+    RecipeRefined,
     /// The recipe with the same ranks in every layer.
     RecipeUniform,
     /// TransMLA.
@@ -79,12 +82,19 @@ pub enum Method {
 
 impl Method {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Recipe, Self::RecipeUniform, Self::Transmla, Self::Svd];
+    pub const ALL: [Self; 5] = [
+        Self::Recipe,
+        Self::RecipeRefined,
+        Self::RecipeUniform,
+        Self::Transmla,
+        Self::Svd,
+    ];
 
     /// Its name on the command line.
     pub fn name(self) -> &'static str {
         match self {
             Self::Recipe => "recipe",
+            Self::RecipeRefined => "recipe-refined",
             Self::RecipeUniform => "recipe-uniform",
             Self::Transmla => "transmla",
             Self::Svd => "svd",
@@ -127,6 +137,8 @@ pub struct Request {
     pub seeds: Vec<u64>,
     /// Every seed for every method and size.
     pub all_seeds: bool,
+    /// Gradient steps of [`Method::RecipeRefined`].
+    pub refine: usize,
     /// Tokens in an evaluation window.
     pub eval_window: usize,
     /// Evaluation windows.
@@ -180,7 +192,7 @@ impl Request {
             work: path(given.value("--work")?, "--work DIR")?,
             methods: list(
                 given.value("--methods")?,
-                "recipe,recipe-uniform,transmla,svd",
+                "recipe,recipe-refined,recipe-uniform,transmla,svd",
                 str::parse,
             )?,
             middle: middle.unwrap_or_else(|| middle_of(&sizes)),
@@ -190,6 +202,7 @@ impl Request {
                     .map_err(|_| format!("expected a seed such as 1, found {text:?}"))
             })?,
             all_seeds: given.flag("--all-seeds"),
+            refine: tokens(given.value("--refine")?)?.unwrap_or(200),
             eval_window: tokens(given.value("--eval-window")?)?.unwrap_or(2048),
             eval_windows: tokens(given.value("--eval-windows")?)?.unwrap_or(8),
             windows_list,

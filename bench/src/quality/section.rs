@@ -111,11 +111,19 @@ impl<'a, R: Runner> Results<'a, R> {
         let shown = perplexity.map_or_else(|| "?".to_owned(), |p| format!("{p:.4}"));
         let count = original.map_or(windows.count, |m| m.losses.len());
         let names = &self.harness.shown;
+        let refined = if self.methods().contains(&Method::RecipeRefined) {
+            format!(
+                " `recipe-refined` does the same and then {} gradient steps on every layer: it is not free of training.",
+                self.request.refine
+            )
+        } else {
+            String::new()
+        };
         format!(
             "Figures are the converted model's perplexity over the original's {shown}, by `mlac eval` on the first {count} \
              windows of {} tokens of {} (no overlap, empty cache, all targets but the first). All methods are calibrated on {} \
              (svd needs no text) and may cache as many numbers a token as the row says: `recipe` gets their share of the cache as its budget and \
-             divides it itself, all others give every layer the r + d_r of the row.",
+             divides it itself, all others give every layer the r + d_r of the row.{refined}",
             windows.length, names.eval, names.calib
         )
     }

@@ -95,7 +95,7 @@ fn an_interrupted_run_goes_on_where_it_was() {
         let ran = h.runner.ran.borrow();
         ran.iter().filter(|l| l.starts_with("mlac convert")).count()
     };
-    assert_eq!((converted(&first), converted(&second)), (1, 4));
+    assert_eq!((converted(&first), converted(&second)), (1, 5));
     assert!(
         entries
             .iter()
@@ -110,7 +110,7 @@ fn an_interrupted_run_goes_on_where_it_was() {
         "{left:?}"
     );
     assert!(all.iter().all(|job| second.file(job).is_file()));
-    assert_eq!(all.len(), 2 + 4 + 1);
+    assert_eq!(all.len(), 2 + 5 + 1);
 }
 
 #[test]

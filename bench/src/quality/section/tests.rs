@@ -36,11 +36,11 @@ fn every_table_has_its_rows() {
     ));
     assert_eq!(
         line(&text, "| cache"),
-        "| cache | r + d_r | recipe | recipe-uniform | transmla | svd |"
+        "| cache | r + d_r | recipe | recipe-refined | recipe-uniform | transmla | svd |"
     );
     assert_eq!(
         line(&text, "| 37.5 %"),
-        "| 37.5 % | 80 + 64 | 1.100 | 1.100 | 1.100 | 1.100 |"
+        "| 37.5 % | 80 + 64 | 1.100 | 1.100 | 1.100 | 1.100 | 1.100 |"
     );
     assert_eq!(
         line(&text, "| 25 % | 96 to"),
@@ -61,8 +61,9 @@ fn every_table_has_its_rows() {
         text.contains("mlac convert SmolLM2.gguf -o mla --calib train.txt --budget 0.75 --json\n")
     );
     assert!(!text.contains("/models") && !text.contains("converted-"));
+    assert!(text.contains("200 gradient steps on every layer: it is not free of training"));
     let chart = chart.unwrap();
-    assert_eq!(chart.matches("<circle").count(), 4 * 5);
+    assert_eq!(chart.matches("<circle").count(), 5 * 5);
 }
 
 #[test]
@@ -73,7 +74,7 @@ fn what_failed_or_is_missing_is_said() {
         line(&text, "| transmla 128 + 64"),
         r"| transmla 128 + 64, seed 0 | SmolLM2.gguf: no \| thanks |"
     );
-    assert_eq!(chart.unwrap().matches("<circle").count(), 3 * 5);
+    assert_eq!(chart.unwrap().matches("<circle").count(), 4 * 5);
     let (text, _) = body("--ablation 128+64", None, 1);
     assert_eq!(
         line(&text, "| `refit`"),
@@ -85,6 +86,7 @@ fn what_failed_or_is_missing_is_said() {
 fn tables_not_asked_for_are_left_out() {
     let few = "--sizes 64+32 --seeds 4 --windows-list none --ablation none --methods recipe";
     let (text, _) = body(few, None, 0);
+    assert!(!text.contains("gradient"), "nothing here was refined");
     assert!(!text.contains("### By") && !text.contains("### Without"));
     assert!(text.contains("--calib-seed 4"));
 }
