@@ -421,9 +421,6 @@ fn compensation_keeps_the_streams_together() {
         let bench = Bench::with(name);
         let with = stream_distance(&bench, "with", "--steps=-allocation");
         let without = stream_distance(&bench, "without", "--steps=-compensation");
-        assert!(
-            with < without,
-            "{name}: {with} with, {without} without"
-        );
+        assert!(with < without, "{name}: {with} with, {without} without");
     }
 }

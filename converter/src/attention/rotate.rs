@@ -1,5 +1,9 @@
 //! Rotary embedding of f32 vectors, half-split.
 
+/// Positions between which the addition theorem carries on: it loses about one unit of f64's last place
+/// a step.
+const ANCHOR: usize = 64;
+
 /// Cosines and sines of every position and frequency.
 #[derive(Debug, Clone)]
 pub(crate) struct RotationTable {
@@ -11,18 +15,25 @@ pub(crate) struct RotationTable {
 }
 
 impl RotationTable {
-    /// The table of positions `0..positions`; angles are computed in f64.
+    /// The table of positions `0..positions`, computed in f64: sines and cosines at every
+    /// [`ANCHOR`]th position, by the addition theorem in between.
     pub(crate) fn new(inv_freq: &[f32], positions: usize) -> Self {
         let half = inv_freq.len();
         let (mut cos, mut sin) = (
             Vec::with_capacity(positions * half),
             Vec::with_capacity(positions * half),
         );
+        let steps: Vec<(f64, f64)> = inv_freq.iter().map(|&f| f64::from(f).sin_cos()).collect();
+        let mut at = vec![(0.0, 1.0); half];
         for s in 0..positions {
-            for &f in inv_freq {
-                let (y, x) = (s as f64 * f64::from(f)).sin_cos();
-                cos.push(x as f32);
+            for ((at, &f), &(step_sin, step_cos)) in at.iter_mut().zip(inv_freq).zip(&steps) {
+                if s % ANCHOR == 0 {
+                    *at = (s as f64 * f64::from(f)).sin_cos();
+                }
+                let (y, x) = *at;
                 sin.push(y as f32);
+                cos.push(x as f32);
+                *at = (y * step_cos + x * step_sin, x * step_cos - y * step_sin);
             }
         }
         Self { half, cos, sin }
@@ -53,6 +64,31 @@ impl RotationTable {
         for l in 0..h {
             out_a[l] = (a[l] * cos[l] - b[l] * sin[l]) * factor;
             out_b[l] = (b[l] * cos[l] + a[l] * sin[l]) * factor;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_position_has_its_angle() {
+        let inv_freq = [1.0, 0.731, 0.01, 1e-5];
+        let table = RotationTable::new(&inv_freq, 3000);
+        for s in 0..3000 {
+            let (cos, sin) = table.at(s);
+            for (l, &f) in inv_freq.iter().enumerate() {
+                let angle = s as f64 * f64::from(f);
+                assert!(
+                    (f64::from(cos[l]) - angle.cos()).abs() < 6e-8,
+                    "cos {f} {s}"
+                );
+                assert!(
+                    (f64::from(sin[l]) - angle.sin()).abs() < 6e-8,
+                    "sin {f} {s}"
+                );
+            }
         }
     }
 }
