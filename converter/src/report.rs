@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::layer::RankChoice;
+use crate::statistics::LayerStatistics;
 
 /// The conversion of one layer in numbers.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
@@ -48,4 +49,43 @@ pub(crate) fn normalised(values: &[f64]) -> Vec<f64> {
         .iter()
         .map(|x| if total > 0.0 { x.max(0.0) / total } else { 0.0 })
         .collect()
+}
+
+/// Eigenvalues below this fraction of the largest are not told from 0: the sums of statistics round to
+/// f32.
+const RANK_NOISE: f64 = 1e-6;
+
+/// What the calibration could not say about a layer, of which `spectrum` are the eigenvalues of the
+/// joint moment as fractions of their sum, largest first.
+pub(crate) fn gaps(
+    statistics: &LayerStatistics,
+    ranks: RankChoice,
+    spectrum: &[f64],
+) -> Vec<String> {
+    let mut notes = Vec::new();
+    let (tokens, width) = (
+        statistics.tokens,
+        statistics.attention.shape.stacked_width(),
+    );
+    if !statistics.samples.is_empty() && tokens < width {
+        notes.push(format!(
+            "{tokens} calibration tokens are fewer than the {width} numbers of keys and values"
+        ));
+    }
+    let least = RANK_NOISE * spectrum.first().copied().unwrap_or(0.0);
+    let rank = spectrum.iter().filter(|&&x| x > least).count();
+    if rank < ranks.kv_lora_rank {
+        notes.push(format!(
+            "what the latent holds has rank {rank} in calibration; of its {} directions the others are \
+             filled by the weights alone",
+            ranks.kv_lora_rank
+        ));
+    }
+    if statistics.insensitive() {
+        notes.push(
+            "scores do not move the output in calibration; queries are weighed by their size alone"
+                .to_owned(),
+        );
+    }
+    notes
 }

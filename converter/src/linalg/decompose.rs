@@ -101,9 +101,20 @@ fn self_adjoint_eigen<T: ComplexField>(
 /// Roots of a positive semi-definite matrix; eigenvalues below `floor` times the largest are raised
 /// to it, so that the inverse exists where the data says nothing. A zero matrix counts as identity.
 pub fn psd_roots(matrix: &Matrix<f64>, floor: f64, what: &str) -> Result<PsdRoots, Error> {
+    psd_roots_of_scale(matrix, floor, 0.0, what)
+}
+
+/// The same where a largest eigenvalue below `scale` counts as `scale`: a matrix that is nothing but
+/// rounding is then not blown up.
+pub fn psd_roots_of_scale(
+    matrix: &Matrix<f64>,
+    floor: f64,
+    scale: f64,
+    what: &str,
+) -> Result<PsdRoots, Error> {
     let n = matrix.rows();
     let eigen = symmetric_eigen(matrix, what)?;
-    let largest = eigen.values.first().copied().unwrap_or(0.0);
+    let largest = eigen.values.first().copied().unwrap_or(0.0).max(scale);
     if largest <= 0.0 {
         return Ok(PsdRoots {
             root: Matrix::identity(n),

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, refuse};
 use crate::error_eval::LayerEvaluator;
 use crate::layer::{AttentionShape, Component, LayerFactors, LayerWeights, RankChoice};
-use crate::report::{LayerReport, normalised};
+use crate::report::{LayerReport, gaps, normalised};
 use crate::statistics::LayerStatistics;
 use crate::steps::absorb::{Split, split};
 use crate::steps::balance::{Balance, balance};
@@ -160,7 +160,7 @@ pub fn convert_layer(
     }
     let total: f64 = importance.iter().sum();
     let spectrum = normalised(&balanced.spectrum);
-    let mut notes = Vec::new();
+    let mut notes = gaps(statistics, ranks, &spectrum);
     if problem.floored() > 0 {
         notes.push(format!(
             "{} directions of the output metric carry next to nothing and were floored",

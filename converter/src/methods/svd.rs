@@ -7,7 +7,7 @@
 use super::recipe::check;
 use crate::error::Error;
 use crate::layer::{LayerFactors, LayerWeights, RankChoice};
-use crate::report::{LayerReport, normalised};
+use crate::report::{LayerReport, gaps, normalised};
 use crate::statistics::{DistancePrior, statistics_from_weights};
 use crate::steps::absorb::split;
 use crate::steps::basis::{Basis, components};
@@ -49,6 +49,7 @@ pub fn convert_layer_svd(
     }
     let total: f64 = energies.iter().sum();
     let spectrum = normalised(&spectrum);
+    let notes = gaps(&statistics, ranks, &spectrum);
     let report = LayerReport {
         layer: weights.layer,
         method: "svd".into(),
@@ -68,7 +69,7 @@ pub fn convert_layer_svd(
         error: None,
         refit_error_before: None,
         refit_error_after: None,
-        notes: Vec::new(),
+        notes,
     };
     Ok((factors, report))
 }

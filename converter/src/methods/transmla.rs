@@ -18,7 +18,7 @@ use crate::error_eval::LayerEvaluator;
 use crate::layer::{Attention, LayerFactors, LayerWeights, RankChoice};
 use crate::linalg::{Matrix, symmetric_eigen};
 use crate::methods::recipe::check;
-use crate::report::{LayerReport, normalised};
+use crate::report::{LayerReport, gaps, normalised};
 use crate::statistics::LayerStatistics;
 use crate::steps::absorb::Split;
 use crate::steps::lowrank::{JointProblem, Metric};
@@ -72,6 +72,8 @@ pub fn convert_layer_transmla(
     let error = LayerEvaluator::new(statistics, &weights.o.weight).map(|e| e.error(&factors));
 
     let spectrum = normalised(&spectrum);
+    let mut notes = vec![format!("freqfold {fold}, collapse {collapse}")];
+    notes.extend(gaps(statistics, ranks, &spectrum));
     let mut kept_by_frequency = vec![0; shape.frequencies()];
     for l in (0..shape.frequencies()).step_by(collapse) {
         kept_by_frequency[l] = 1;
@@ -95,7 +97,7 @@ pub fn convert_layer_transmla(
         error,
         refit_error_before: None,
         refit_error_after: None,
-        notes: vec![format!("freqfold {fold}, collapse {collapse}")],
+        notes,
     };
     Ok((factors, report))
 }

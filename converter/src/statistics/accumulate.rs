@@ -160,6 +160,9 @@ impl LayerStatistics {
             self.samples
                 .push(WindowSample::new(window, &shape, chosen, target));
         }
+        for (most, data) in self.largest.iter_mut().zip([window.q, window.k, window.v]) {
+            *most = most.max(max_abs_finite(data).unwrap_or(f32::INFINITY));
+        }
         self.windows += 1;
         self.tokens += tokens;
         self.rows += positions.len();

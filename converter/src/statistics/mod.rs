@@ -58,6 +58,9 @@ impl Default for StatisticsOptions {
     }
 }
 
+/// Sensitivity below this fraction of what it could be is rounding of f32.
+const SENSITIVITY_NOISE: f64 = 1e-6;
+
 /// Statistics of one query head.
 #[derive(Debug, Clone, PartialEq)]
 pub struct HeadStatistics {
@@ -122,6 +125,8 @@ pub struct LayerStatistics {
     pub heads: Vec<HeadStatistics>,
     /// Windows on which errors are measured; empty when statistics come from weights alone.
     pub samples: Vec<WindowSample>,
+    /// Largest magnitudes of queries, keys and values.
+    largest: [f32; 3],
     options: StatisticsOptions,
     table: RotationTable,
 }
@@ -190,6 +195,7 @@ impl LayerStatistics {
             sensitive: 0.0,
             heads,
             samples: Vec::new(),
+            largest: [0.0; 3],
             options,
             table: RotationTable::new(&attention.rotary.inv_freq, 0),
         })
@@ -213,6 +219,9 @@ impl LayerStatistics {
         self.windows += other.windows;
         self.tokens += other.tokens;
         self.rows += other.rows;
+        for (most, x) in self.largest.iter_mut().zip(other.largest) {
+            *most = most.max(x);
+        }
         self.moment.add_scaled(&other.moment, 1.0);
         self.moment_attended.add_scaled(&other.moment_attended, 1.0);
         self.attended += other.attended;
@@ -236,7 +245,56 @@ impl LayerStatistics {
         Ok(())
     }
 
-    /// Refuses statistics nothing was added to.
+    /// Whether scores do not move the output here: every query attends to values that are all alike, or
+    /// to one token only. The weights that sensitivity gives are then rounding noise.
+    pub fn insensitive(&self) -> bool {
+        let (mut found, mut possible) = (0.0, 0.0);
+        for (h, head) in self.heads.iter().enumerate() {
+            found += head.sensitivity;
+            possible += head.p2 * self.value_size(h);
+        }
+        found <= SENSITIVITY_NOISE * possible
+    }
+
+    /// The mean of `v^T B v` of the values head `head` attends to, B its output metric: what
+    /// an attended value moves the output against an average of many.
+    pub(crate) fn value_size(&self, head: usize) -> f64 {
+        let shape = self.attention.shape;
+        let start = shape.kv_width() + shape.group_of(head) * shape.head_dim;
+        let metric = &self.heads[head].output_metric;
+        let mut sum = 0.0;
+        for i in 0..metric.rows() {
+            for j in 0..metric.cols() {
+                sum += metric[(i, j)] * self.moment_attended[(start + j, start + i)];
+            }
+        }
+        if self.attended > 0.0 {
+            sum / self.attended
+        } else {
+            0.0
+        }
+    }
+
+    fn is_finite(&self) -> bool {
+        let moments = [&self.moment, &self.moment_attended, &self.moment_sensitive];
+        let head = |h: &HeadStatistics| {
+            let sums = [h.p2, h.sensitivity].into_iter();
+            let rotation = h.rotation.iter().flat_map(|z| [z.re, z.im]);
+            h.query.is_finite()
+                && h.query_sensitive.is_finite()
+                && h.output_metric.is_finite()
+                && sums
+                    .chain(rotation)
+                    .chain(h.rotation_energy.iter().copied())
+                    .all(f64::is_finite)
+        };
+        moments.iter().all(|m| m.is_finite())
+            && self.attended.is_finite()
+            && self.sensitive.is_finite()
+            && self.heads.iter().all(head)
+    }
+
+    /// Refuses statistics nothing was added to, or whose sums overflowed.
     pub fn check(&self) -> Result<(), Error> {
         if self.tokens == 0 {
             return Err(refuse(
@@ -244,6 +302,20 @@ impl LayerStatistics {
                 "at least one token",
                 "none",
                 "give a longer calibration text, or --calib none",
+            ));
+        }
+        if !self.is_finite() {
+            let names = ["queries", "keys", "values"];
+            let (name, most) = names
+                .into_iter()
+                .zip(self.largest)
+                .max_by(|a, b| a.1.total_cmp(&b.1))
+                .unwrap_or(("activations", 0.0));
+            return Err(refuse(
+                format!("{name} of layer {}", self.layer),
+                "activations whose second moments are finite in f32",
+                format!("magnitudes up to {most:e}"),
+                "check the checkpoint for broken weights",
             ));
         }
         Ok(())

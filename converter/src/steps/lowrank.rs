@@ -14,7 +14,9 @@ use serde::{Deserialize, Serialize};
 use super::absorb::Split;
 use crate::error::Error;
 use crate::layer::{AttentionShape, LayerFactors, RankChoice};
-use crate::linalg::{Eigen, Matrix, PsdRoots, orthonormal_rows, psd_roots, symmetric_eigen};
+use crate::linalg::{
+    Eigen, Matrix, PsdRoots, orthonormal_rows, psd_roots, psd_roots_of_scale, symmetric_eigen,
+};
 use crate::statistics::LayerStatistics;
 
 /// Metric in which the low rank is taken.
@@ -43,6 +45,10 @@ pub enum QueryWeights {
 /// Eigenvalues of the metrics below this fraction of the largest are raised to it.
 pub const METRIC_FLOOR: f64 = 1e-7;
 
+/// A metric of the plain components below this fraction of that of all is taken for as large: no
+/// query sees them, and what is left is rounding.
+const SMALLEST_METRIC: f64 = 1e-3;
+
 /// Everything of the factorisation that does not depend on beta.
 #[derive(Debug, Clone)]
 pub struct JointProblem {
@@ -58,11 +64,16 @@ pub struct JointProblem {
 /// The query moment `E[q q^T]` `[d, d]` of every head in the chosen weights.
 pub fn query_moments(statistics: &LayerStatistics, weights: QueryWeights) -> Vec<Matrix<f64>> {
     let tokens = statistics.tokens.max(1) as f64;
+    let insensitive = statistics.insensitive();
     statistics
         .heads
         .iter()
-        .map(|head| {
+        .enumerate()
+        .map(|(h, head)| {
             let (source, factor) = match weights {
+                QueryWeights::Sensitivity if insensitive => {
+                    (&head.query, statistics.value_size(h) / tokens)
+                }
                 QueryWeights::Plain => (&head.query, 1.0 / tokens),
                 QueryWeights::Alpha => (&head.query, head.alpha() / tokens),
                 QueryWeights::Sensitivity if head.p2 > 0.0 => {
@@ -107,6 +118,10 @@ impl JointProblem {
                 for (m, q) in split.plain_query.iter().zip(queries) {
                     a_q.add_scaled(&m.congruence(q), statistics.attention.scale.powi(2));
                 }
+                // What all components together weigh, those with a rotation as well.
+                let attention = &statistics.attention;
+                let factor = attention.scale * attention.rotary.attention_factor.powi(2);
+                let whole = factor.powi(2) * queries.iter().map(Matrix::trace).sum::<f64>();
                 let mut a_v = Matrix::zeros(n, n);
                 for (h, head) in statistics.heads.iter().enumerate() {
                     let start = shape.group_of(h) * shape.head_dim;
@@ -117,7 +132,12 @@ impl JointProblem {
                     }
                 }
                 (
-                    psd_roots(&a_q, METRIC_FLOOR, "metric of the queries")?,
+                    psd_roots_of_scale(
+                        &a_q,
+                        METRIC_FLOOR,
+                        SMALLEST_METRIC * whole,
+                        "metric of the queries",
+                    )?,
                     psd_roots(&a_v, METRIC_FLOOR, "metric of o_proj")?,
                 )
             }
