@@ -5,6 +5,7 @@
 //! everything that decides what the component contains (the pinned list, the recipe, the sources)
 //! and the size of each file that must be there; when it still holds, nothing is done.
 
+mod cuda;
 mod headers;
 mod onnxruntime;
 mod pip;
@@ -46,13 +47,14 @@ struct Component {
 }
 
 /// In order: later ones may use earlier ones.
-const COMPONENTS: [Component; 7] = [
+const COMPONENTS: [Component; 8] = [
     onnxruntime::COMPONENT,
     python_env::COMPONENT,
     tensorrt_rtx::COMPONENT,
     smollm2::COMPONENT,
     text::COMPONENT,
     headers::COMPONENT,
+    cuda::COMPONENT,
     shim::COMPONENT,
 ];
 

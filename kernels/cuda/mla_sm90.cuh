@@ -1,0 +1,376 @@
+// K1: MLA decode for sm_90a, latent rank up to 256. Also K4 (several query tokens) and K5 (short windows) by its constants.
+//
+// 384 threads: one warpgroup loads (warp 0 the cache, warp 1 the queries), two warpgroups compute.
+//   kGroup = 1: the two take alternate tiles of one row tile and merge at the end of the piece.
+//   kGroup = 2: the two take all tiles, each for a row tile of its own; a tile is loaded once for both.
+// A warpgroup's row tile is 64 heads of one query token, so masks are per column only.
+// Scores: wgmma m64n64k16, both operands in shared memory. Output: m64n{kRank}k16, P in registers, V the same tile read by columns.
+#pragma once
+#include "hopper.cuh"
+
+constexpr int kLatentTiles = kRank / 64;
+constexpr int kRowTiles64 = kLatentTiles + ceil_div(kRope, 64);  // 64-column tiles in a row
+constexpr int kSubTile = 64 * 128;                               // bytes of 64 rows of one
+constexpr int kStageBytes = kRowTiles64 * kSubTile;
+constexpr int kQueryBytes = kGroup * kStageBytes;
+constexpr int kScoreSteps = (kRank + kRope) / 16;
+constexpr int kConsumers = 256;
+constexpr int kOutRegisters = kRank / 2;
+
+// The dynamic shared memory, from a multiple of 1024.
+constexpr int kStageAt = kQueryBytes;
+constexpr int kMergeAt = kStageAt + kStages * kStageBytes;  // float [2][64][2]
+constexpr int kBarrierAt = kMergeAt + 1024;
+constexpr int kSharedBytes = kBarrierAt + 8 * (2 * kStages + 2);
+
+static_assert(kRank % 64 == 0 && kRank <= 256, "K1 holds a whole row of the output in registers");
+static_assert(kRope % 16 == 0 && kTile == 64 && kPage == 64 && kHeadTile == 64, "one page is one tile");
+
+MLAC_DEVICE void load_cache(const DecodeParams& p, const TensorMap* map, u32 shared, u32 full, u32 empty) {
+  Walk walk(p);
+  Piece piece;
+  int count = 0;
+  while (walk.next(p, piece)) {
+    const int* pages = p.pages + (size_t)piece.request * p.page_stride;
+    for (int tile = piece.begin; tile < piece.end; ++tile, ++count) {
+      int stage = count % kStages;
+      int page = pages[tile];
+      barrier_wait(empty + 8 * stage, (count / kStages & 1) ^ 1);
+      barrier_expect(full + 8 * stage, kStageBytes);
+#pragma unroll
+      for (int c = 0; c < kRowTiles64; ++c)
+        tma_load(shared + kStageAt + stage * kStageBytes + c * kSubTile, map, c * 64, 0, page, full + 8 * stage);
+    }
+  }
+}
+
+MLAC_DEVICE void load_queries(const DecodeParams& p, const TensorMap* map, u32 shared, u32 full, u32 empty) {
+  Walk walk(p);
+  Piece piece;
+  u32 parity = 1;
+  while (walk.next(p, piece)) {
+    barrier_wait(empty, parity);
+    parity ^= 1;
+    barrier_expect(full, kQueryBytes);
+    for (int g = 0; g < kGroup; ++g) {
+      // A group's second row tile may lie beyond the last one: its numbers are never stored.
+      int row_tile = min(piece.unit * kGroup + g, kRowTiles - 1);
+      int token = piece.request * kQueryTokens + row_tile / kHeadTiles;
+#pragma unroll
+      for (int c = 0; c < kRowTiles64; ++c)
+        tma_load(shared + g * kStageBytes + c * kSubTile, map, c * 64, row_tile % kHeadTiles * 64, token, full);
+    }
+  }
+}
+
+// Writes a half of this thread's columns where `out` starts; rows that are no heads are left out.
+template <int Half, bool Final>
+MLAC_DEVICE void store_half(const float (&o)[kOutRegisters], void* out, int row, int rows, int column) {
+#pragma unroll
+  for (int i = Half * kOutRegisters / 2; i < (Half + 1) * kOutRegisters / 2; i += 4) {
+    int c = i * 2 + column;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      if (row + 8 * r >= rows) continue;
+      size_t at = (size_t)(row + 8 * r) * kRank + c;
+      if (Final) static_cast<u32*>(out)[at / 2] = pack(o[i + 2 * r], o[i + 2 * r + 1]);
+      else static_cast<float2*>(out)[at / 2] = make_float2(o[i + 2 * r], o[i + 2 * r + 1]);
+    }
+  }
+}
+
+template <int Half>
+MLAC_DEVICE void put_half(const float (&o)[kOutRegisters], float* exchange, int thread) {
+#pragma unroll
+  for (int i = 0; i < kOutRegisters / 2; ++i) exchange[i * 128 + thread] = o[Half * kOutRegisters / 2 + i];
+}
+
+// o = scale_own * o + scale_other * other, always warpgroup 0's term first.
+template <int Half, bool OwnFirst>
+MLAC_DEVICE void add_half(float (&o)[kOutRegisters], const float* exchange, int thread, const float (&own)[2],
+                          const float (&other)[2]) {
+#pragma unroll
+  for (int i = 0; i < kOutRegisters / 2; ++i) {
+    int r = i / 2 % 2;
+    float mine = o[Half * kOutRegisters / 2 + i] * own[r];
+    float theirs = exchange[i * 128 + thread] * other[r];
+    o[Half * kOutRegisters / 2 + i] = OwnFirst ? mine + theirs : theirs + mine;
+  }
+}
+
+// Scales this warpgroup's columns by the inverse denominators and stores them.
+template <int Half>
+MLAC_DEVICE void finish_half(float (&o)[kOutRegisters], const DecodeParams& p, const Piece& piece, int row_tile, int slot_row,
+                             const float (&inverse)[2], int row, int column) {
+#pragma unroll
+  for (int i = Half * kOutRegisters / 2; i < (Half + 1) * kOutRegisters / 2; ++i) o[i] *= inverse[i / 2 % 2];
+  if (piece.slot >= 0) {
+    store_half<Half, false>(o, p.out_part + (size_t)slot_row * kRank, row, 64, column);
+  } else {
+    int head = row_tile % kHeadTiles * 64;
+    size_t first = ((size_t)piece.request * kQueryTokens + row_tile / kHeadTiles) * kHeads + head;
+    store_half<Half, true>(o, static_cast<u16*>(p.out) + first * kRank, row, kHeads - head, column);
+  }
+}
+
+// The inverse denominators of this thread's two rows; their LSE is stored by one thread of the four that share a row.
+MLAC_DEVICE void denominators(const DecodeParams& p, const Piece& piece, int row_tile, int slot_row, const float (&peak)[2],
+                              const float (&sum)[2], int row, bool store, float (&inverse)[2]) {
+  const float scale = p.scale * kLog2e;
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    int head = row_tile % kHeadTiles * 64 + row + 8 * r;
+    float top = peak[r] == minus_infinity() ? 0.0f : peak[r] * scale;
+    float denominator = sum[r];
+    float lse = sum[r] > 0.0f ? top + log2_fast(sum[r]) : minus_infinity();
+    if (piece.slot >= 0) {
+      if (store) p.lse_part[slot_row + row + 8 * r] = lse;
+    } else if (head < kHeads) {
+      if (kSinks) denominator += exp2_fast(p.sinks[head] * kLog2e - top);
+      size_t at = ((size_t)piece.request * kQueryTokens + row_tile / kHeadTiles) * kHeads + head;
+      if (store) p.lse[at] = lse * kLn2;
+    }
+    inverse[r] = sum[r] > 0.0f ? reciprocal(denominator) : 0.0f;
+  }
+}
+
+// Waits for a tile. The last page's rows beyond the request may hold anything: as values they would meet weights of zero,
+// and 0 * NaN is NaN. They become zeros; when two warpgroups share the tile, both write the same ones.
+MLAC_DEVICE void await_tile(u8* memory, u32 full, int stage, int count, const Piece& piece, int i, int group, int warp, int lane) {
+  barrier_wait(full + 8 * stage, count / kStages & 1);
+  const int start = (piece.begin + i) * kTile;
+  if (start + kTile > piece.length) {
+    u8* bytes = memory + kStageAt + stage * kStageBytes;
+    for (int r = piece.length - start + warp; r < kTile; r += 4)
+#pragma unroll
+      for (int c = 0; c < kLatentTiles; ++c) *reinterpret_cast<u32*>(bytes + c * kSubTile + r * 128 + lane * 4) = 0;
+    fence_async_proxy();
+    if (group == 0) named_barrier<1, 128>();
+    else named_barrier<2, 128>();
+  }
+}
+
+MLAC_DEVICE void multiply_scores(float (&s)[32], u32 query, u32 tile) {
+#pragma unroll
+  for (int k = 0; k < kScoreSteps; ++k) {
+    u32 at = k / 4 * kSubTile + k % 4 * 32;
+    wgmma_scores(s, descriptor(kDescriptorK, query + at), descriptor(kDescriptorK, tile + at), k > 0);
+  }
+}
+
+MLAC_DEVICE void multiply_values(float (&o)[kOutRegisters], const u32 (&weights)[16], u32 tile) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) wgmma_values(o, weights + 4 * k, descriptor(kDescriptorMn, tile + k * 2048));
+}
+
+// Masks, running maximum, weights in place of the scores, denominators.
+MLAC_DEVICE void soften(float (&s)[32], const View& view, int start, int column, float scale, float (&peak)[2], float (&sum)[2],
+                        float (&rescale)[2]) {
+  if (!view.whole(start)) {
+#pragma unroll
+    for (int j = 0; j < 32; ++j) {
+      int position = start + j / 4 * 8 + column + j % 2;
+      if (!view.sees(position)) s[j] = minus_infinity();
+    }
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float top = s[2 * r];
+#pragma unroll
+    for (int j = 0; j < 32; j += 4) top = fmaxf(top, fmaxf(s[j + 2 * r], s[j + 2 * r + 1]));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
+    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
+    top = fmaxf(top, peak[r]);
+    float anchor = top == minus_infinity() ? 0.0f : top * scale;
+    rescale[r] = exp2_fast(peak[r] * scale - anchor);
+    peak[r] = top;
+    float added = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 32; j += 4) {
+      s[j + 2 * r] = exp2_fast(s[j + 2 * r] * scale - anchor);
+      s[j + 2 * r + 1] = exp2_fast(s[j + 2 * r + 1] * scale - anchor);
+      added += s[j + 2 * r] + s[j + 2 * r + 1];
+    }
+    sum[r] = sum[r] * rescale[r] + added;
+  }
+}
+
+MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full, u32 empty, u32 query_full, u32 query_empty) {
+  const int group = __shfl_sync(~0u, threadIdx.x / 128 - 1, 0);  // 0 or 1, known to be uniform
+  const int thread = threadIdx.x % 128;
+  const int warp = thread / 32, lane = thread % 32;
+  const int row = warp * 16 + lane / 4;
+  const int column = lane % 4 * 2;
+  const float scale = p.scale * kLog2e;
+  float* exchange = reinterpret_cast<float*>(memory);  // the queries' memory, when they are done with
+  float* merge = reinterpret_cast<float*>(memory + kMergeAt);
+
+  Walk walk(p);
+  Piece piece;
+  int base = 0;  // tiles of the pieces before
+  u32 query_parity = 0;
+  while (walk.next(p, piece)) {
+    const int row_tile = piece.unit * kGroup + (kGroup == 2 ? group : 0);
+    const bool active = row_tile < kRowTiles;
+    const int token = min(row_tile, kRowTiles - 1) / kHeadTiles;
+    u64 tree = kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0;
+    const View view = view_of(piece.length, token, tree);
+
+    float o[kOutRegisters];
+#pragma unroll
+    for (int i = 0; i < kOutRegisters; ++i) o[i] = 0.0f;
+    float peak[2] = {minus_infinity(), minus_infinity()};
+    float sum[2] = {0.0f, 0.0f};
+
+    barrier_wait(query_full, query_parity);
+    query_parity ^= 1;
+    const u32 query = shared + (kGroup == 2 ? group * kStageBytes : 0);
+    const int count = piece.end - piece.begin;
+    float s[32];
+    u32 weights[16];
+    float rescale[2];
+    // The scores of tile i are multiplied while the values of the tile before still are, and its softmax runs beside them.
+    int i = kGroup == 2 ? 0 : group;
+    if (i < count) {
+      int stage = (base + i) % kStages;
+      await_tile(memory, full, stage, base + i, piece, i, group, warp, lane);
+      pin(s);
+      wgmma_fence();
+      multiply_scores(s, query, shared + kStageAt + stage * kStageBytes);
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(s);
+      soften(s, view, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
+#pragma unroll
+      for (int j = 0; j < 16; ++j) weights[j] = pack(s[2 * j], s[2 * j + 1]);
+      int held = stage;
+      for (i += 3 - kGroup; i < count; i += 3 - kGroup) {
+        stage = (base + i) % kStages;
+        await_tile(memory, full, stage, base + i, piece, i, group, warp, lane);
+        pin(s);
+        pin(o);
+        pin(weights);
+        wgmma_fence();
+        multiply_scores(s, query, shared + kStageAt + stage * kStageBytes);
+        wgmma_commit();
+        multiply_values(o, weights, shared + kStageAt + held * kStageBytes);
+        wgmma_commit();
+        wgmma_wait<1>();
+        pin(s);
+        soften(s, view, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
+        wgmma_wait<0>();
+        pin(o);
+        pin(weights);
+        if (lane == 0) barrier_arrive(empty + 8 * held);
+        held = stage;
+#pragma unroll
+        for (int j = 0; j < 16; ++j) weights[j] = pack(s[2 * j], s[2 * j + 1]);
+#pragma unroll
+        for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
+      }
+      pin(o);
+      pin(weights);
+      wgmma_fence();
+      multiply_values(o, weights, shared + kStageAt + held * kStageBytes);
+      wgmma_commit();
+      wgmma_wait<0>();
+      pin(o);
+      if (lane == 0) barrier_arrive(empty + 8 * held);
+    }
+    base += count;
+
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
+      sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
+    }
+    float inverse[2];
+    const bool store = lane % 4 == 0;
+    if (kGroup == 2) {
+      // The queries were read for the last time: the next ones may come.
+      if (lane == 0) barrier_arrive(query_empty);
+      if (active) {
+        int slot_row = piece.slot >= 0 ? (piece.slot * kGroup + group) * 64 : 0;
+        denominators(p, piece, row_tile, slot_row, peak, sum, row, store, inverse);
+        finish_half<0>(o, p, piece, row_tile, slot_row, inverse, row, column);
+        finish_half<1>(o, p, piece, row_tile, slot_row, inverse, row, column);
+      }
+      continue;
+    }
+
+    // Two halves of one row tile: each warpgroup ends with half of the columns.
+    if (store) {
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        merge[(group * 64 + row + 8 * r) * 2] = peak[r];
+        merge[(group * 64 + row + 8 * r) * 2 + 1] = sum[r];
+      }
+    }
+    named_barrier<3, kConsumers>();
+    float own[2], other[2], all[2], top[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      float peak0 = merge[(row + 8 * r) * 2], sum0 = merge[(row + 8 * r) * 2 + 1];
+      float peak1 = merge[(64 + row + 8 * r) * 2], sum1 = merge[(64 + row + 8 * r) * 2 + 1];
+      top[r] = fmaxf(peak0, peak1);
+      float anchor = top[r] == minus_infinity() ? 0.0f : top[r] * scale;
+      float scale0 = exp2_fast(peak0 * scale - anchor), scale1 = exp2_fast(peak1 * scale - anchor);
+      all[r] = sum0 * scale0 + sum1 * scale1;
+      own[r] = group == 0 ? scale0 : scale1;
+      other[r] = group == 0 ? scale1 : scale0;
+    }
+    const int slot_row = piece.slot >= 0 ? piece.slot * 64 : 0;
+    denominators(p, piece, row_tile, slot_row, top, all, row, store && group == 0, inverse);
+    if (group == 0) {
+      named_barrier<4, kConsumers>();
+      add_half<0, true>(o, exchange, thread, own, other);
+      named_barrier<5, kConsumers>();
+      put_half<1>(o, exchange, thread);
+      fence_async_proxy();
+      named_barrier<6, kConsumers>();
+      finish_half<0>(o, p, piece, row_tile, slot_row, inverse, row, column);
+    } else {
+      put_half<0>(o, exchange, thread);
+      named_barrier<4, kConsumers>();
+      named_barrier<5, kConsumers>();
+      named_barrier<6, kConsumers>();
+      add_half<1, false>(o, exchange, thread, own, other);
+      fence_async_proxy();
+      __syncwarp();
+      if (lane == 0) barrier_arrive(query_empty);
+      finish_half<1>(o, p, piece, row_tile, slot_row, inverse, row, column);
+    }
+  }
+}
+
+extern "C" __global__ void __launch_bounds__(384, 1)
+mlac_decode(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMap query_map,
+            const __grid_constant__ TensorMap cache_map) {
+  extern __shared__ __align__(1024) u8 memory[];
+  const u32 shared = shared_address(memory);
+  const u32 full = shared + kBarrierAt;
+  const u32 empty = full + 8 * kStages;
+  const u32 query_full = empty + 8 * kStages, query_empty = query_full + 8;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kStages; ++i) {
+      barrier_init(full + 8 * i, 1);
+      barrier_init(empty + 8 * i, 4 * kGroup);
+    }
+    barrier_init(query_full, 1);
+    barrier_init(query_empty, kGroup == 2 ? 8 : 4);
+    fence_barrier_init();
+    tma_prefetch_map(&query_map);
+    tma_prefetch_map(&cache_map);
+  }
+  __syncthreads();
+  wait_for_previous_kernel();
+  if (threadIdx.x < 128) {
+    keep_registers<24>();
+    if (threadIdx.x == 0) load_cache(p, &cache_map, shared, full, empty);
+    if (threadIdx.x == 32) load_queries(p, &query_map, shared, query_full, query_empty);
+    if (threadIdx.x == 64) let_next_kernel_start();
+  } else {
+    take_registers<240>();
+    compute(p, memory, shared, full, empty, query_full, query_empty);
+  }
+}
