@@ -21,7 +21,7 @@ struct AppendParams {
 
 constexpr int kAppendWarps = 4;
 
-extern "C" __global__ void __launch_bounds__(kAppendWarps * 32) mlac_append(const __grid_constant__ AppendParams p) {
+MLAC_KERNEL __launch_bounds__(kAppendWarps * 32) mlac_append(const __grid_constant__ AppendParams p) {
   const int token = blockIdx.x * kAppendWarps + threadIdx.x / 32, lane = threadIdx.x % 32;
   wait_for_previous_kernel();
   let_next_kernel_start();

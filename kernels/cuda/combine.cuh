@@ -5,11 +5,10 @@
 constexpr int kCombineWarps = 8;
 constexpr int kOutDim = kGqa ? kHeadDim : kRank;
 constexpr int kUnitRows = kGqa ? kHeads * kQueryTokens : kHeadTile * kGroup;
-constexpr int kAllHeads = kGqa ? kHeads * kKvHeads : kHeads;
 constexpr int kMaxParts = 1024;
 
 // One CTA for one row (a head of a query token). Warp w adds pieces w, w + 8, ...; then the warps' sums are added in order.
-extern "C" __global__ void __launch_bounds__(kCombineWarps * 32) mlac_combine(const __grid_constant__ DecodeParams p) {
+MLAC_KERNEL __launch_bounds__(kCombineWarps * 32) mlac_combine(const __grid_constant__ DecodeParams p) {
   __shared__ float weights[kMaxParts];
   __shared__ int slots[kMaxParts];
   __shared__ float sums[kCombineWarps][kOutDim];

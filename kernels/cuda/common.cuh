@@ -14,15 +14,9 @@
 //   kGroup          row tiles that one CTA computes together
 //   kPlanned        whether a plan divides the work (split KV), or a CTA takes whole units
 //   kMinSplit       fewest tiles in a piece of a split unit
-// and the type `half_t` (MLAC_F16 0: bf16, 1: f16).
+// MLAC_F16 is 1 when queries, cache and output are f16, 0 when they are bf16.
 #pragma once
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-
-#define MLAC_DEVICE __device__ __forceinline__
+#include "ptx.cuh"
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
@@ -32,6 +26,7 @@ constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // Row tiles of a request (MLA) and units of a request. GQA: a unit is a KV head.
 constexpr int kHeadTiles = ceil_div(kHeads, kHeadTile);
 constexpr int kRowTiles = kQueryTokens * kHeadTiles;
+constexpr int kAllHeads = kHeads * kKvHeads;
 constexpr int kUnits = kKvHeads > 1 || kGqa ? kKvHeads : ceil_div(kRowTiles, kGroup);
 
 // Mirrored by `params::DecodeParams` in Rust, field by field.
@@ -65,67 +60,6 @@ struct PlanParams {
   int parts;
 };
 
-MLAC_DEVICE float exp2_fast(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-MLAC_DEVICE float log2_fast(float x) {
-  float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-MLAC_DEVICE float reciprocal(float x) {
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-MLAC_DEVICE float minus_infinity() { return __int_as_float(0xff800000); }
-
-// Two numbers in the cache's type, `low` in the lower half.
-MLAC_DEVICE u32 pack(float low, float high) {
-  u32 y;
-#if MLAC_F16
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#endif
-  return y;
-}
-
-MLAC_DEVICE float unpack(u16 bits) {
-#if MLAC_F16
-  float y;
-  asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(bits));
-  return y;
-#else
-  return __uint_as_float((u32)bits << 16);
-#endif
-}
-
-MLAC_DEVICE u16 narrow(float x) { return (u16)pack(x, 0.0f); }
-
-// Programmatic dependent launch: both are nothing when the launch did not ask for it.
-MLAC_DEVICE void wait_for_previous_kernel() {
-#if MLAC_ARCH >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
-MLAC_DEVICE void let_next_kernel_start() {
-#if MLAC_ARCH >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-template <int Id, int Threads>
-MLAC_DEVICE void named_barrier() {
-  asm volatile("bar.sync %0, %1;" ::"n"(Id), "n"(Threads) : "memory");
-}
-
 // What one query token of a request sees: cached tokens lo..hi, those from `draft` on by the tree's bits.
 struct View {
   int lo;
@@ -144,8 +78,6 @@ struct View {
     return start >= lo && start + kTile <= (kMask == 2 ? draft : hi);
   }
 };
-
-constexpr int max_int(int a, int b) { return a > b ? a : b; }
 
 // First token that a query token at `position` sees.
 MLAC_DEVICE int window_start(int position) {

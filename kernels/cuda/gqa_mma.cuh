@@ -9,7 +9,6 @@
 constexpr int kRows = kHeads * kQueryTokens;
 constexpr int kBlocks = ceil_div(kRows, 16);
 constexpr int kThreads = kWarps * 32;
-constexpr int kAllHeads = kHeads * kKvHeads;
 constexpr int kChunks = kHeadDim / 8;             // 16-byte pieces of a row
 constexpr int kHalfStage = kTile * kHeadDim * 2;  // keys, or values
 constexpr int kStageBytes = 2 * kHalfStage;
@@ -38,8 +37,8 @@ MLAC_DEVICE void load_tile(const DecodeParams& p, const Piece& piece, const int*
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) mlac_decode(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(128) u8 memory[];
+MLAC_KERNEL __launch_bounds__(kThreads, 1) mlac_decode(const __grid_constant__ DecodeParams p) {
+  MLAC_DYNAMIC_SHARED(memory);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const u32 ring = shared_address(memory) + warp * kRingBytes;
   float* merge = reinterpret_cast<float*>(memory + kMergeAt);
@@ -74,14 +73,10 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mlac_decode(const __gr
           size_t at = ((size_t)(r / kHeads) * kAllHeads + piece.unit * kHeads + r % kHeads) * kHeadDim + c;
           q[b][k][j] = r < kRows ? *reinterpret_cast<const u32*>(queries + at) : 0;
         }
-    View views[kBlocks][2];
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        int token = min(kQueryTokens - 1, (b * 16 + row + 8 * r) / kHeads);
-        views[b][r] = view_of(piece.length, token, kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0);
-      }
+    // Tiles between these positions are seen whole by every query token; the others ask row by row.
+    const int first = piece.length - kQueryTokens;
+    const int whole_from = window_start(piece.length - 1);
+    const int whole_to = kMask == 0 ? piece.length : kMask == 1 ? first + 1 : first;
 
     float o[kBlocks][kHeadDim / 8][4];
     float peak[kBlocks][2], sum[kBlocks][2];
@@ -115,15 +110,18 @@ extern "C" __global__ void __launch_bounds__(kThreads, 1) mlac_decode(const __gr
             multiply(s[n], q[b][2 * k + 1], keys[2], keys[3]);
           }
         }
-        // Rows of one warp may see different tokens, so the test is each thread's own; whole tiles skip it.
-        if (!views[b][0].whole(start) || !views[b][1].whole(start)) {
+        if (start < whole_from || start + kTile > whole_to) {
 #pragma unroll
-          for (int n = 0; n < kTile / 8; ++n)
+          for (int r = 0; r < 2; ++r) {
+            int token = min(kQueryTokens - 1, (b * 16 + row + 8 * r) / kHeads);
+            const View view = view_of(piece.length, token, kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0);
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
-              if (!views[b][j / 2].sees(start + n * 8 + column + j % 2)) s[n][j] = minus_infinity();
+            for (int n = 0; n < kTile / 8; ++n)
+#pragma unroll
+              for (int j = 0; j < 2; ++j)
+                if (!view.sees(start + n * 8 + column + j)) s[n][2 * r + j] = minus_infinity();
+          }
         }
-        __syncwarp();
         float rescale[2];
 #pragma unroll
         for (int r = 0; r < 2; ++r) {

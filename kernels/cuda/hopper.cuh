@@ -6,7 +6,7 @@
 #include "common.cuh"
 
 // CUtensorMap: opaque to the kernel.
-struct alignas(64) TensorMap {
+struct alignas(128) TensorMap {
   u8 bytes[128];
 };
 

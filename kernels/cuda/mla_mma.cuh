@@ -45,8 +45,8 @@ MLAC_DEVICE void load_tile(const DecodeParams& p, const Piece& piece, const int*
   }
 }
 
-extern "C" __global__ void __launch_bounds__(kThreads, 1) mlac_decode(const __grid_constant__ DecodeParams p) {
-  extern __shared__ __align__(128) u8 memory[];
+MLAC_KERNEL __launch_bounds__(kThreads, 1) mlac_decode(const __grid_constant__ DecodeParams p) {
+  MLAC_DYNAMIC_SHARED(memory);
   const u32 shared = shared_address(memory);
   float* peaks = reinterpret_cast<float*>(memory + kPeakAt);
   const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0), lane = threadIdx.x % 32;

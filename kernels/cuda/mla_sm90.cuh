@@ -1,10 +1,11 @@
-// K1: MLA decode for sm_90a, latent rank up to 256. Also K4 (several query tokens) and K5 (short windows) by its constants.
+// MLA decode for sm_90a: one token, several (verification of drafts), short windows, by its constants.
 //
 // 384 threads: one warpgroup loads (warp 0 the cache, warp 1 the queries), two warpgroups compute.
 //   kGroup = 1: the two take alternate tiles of one row tile and merge at the end of the piece.
 //   kGroup = 2: the two take all tiles, each for a row tile of its own; a tile is loaded once for both.
+//   kColumnGroups = 2 (latent beyond 256): both take all tiles of one row tile; each multiplies all scores, and half of the values.
 // A warpgroup's row tile is 64 heads of one query token, so masks are per column only.
-// Scores: wgmma m64n64k16, both operands in shared memory. Output: m64n{kRank}k16, P in registers, V the same tile read by columns.
+// Scores: wgmma m64n64k16, both operands in shared memory. Output: m64n{kOutColumns}k16, P in registers, V the same tile read by columns.
 #pragma once
 #include "hopper.cuh"
 
@@ -15,7 +16,12 @@ constexpr int kStageBytes = kRowTiles64 * kSubTile;
 constexpr int kQueryBytes = kGroup * kStageBytes;
 constexpr int kScoreSteps = (kRank + kRope) / 16;
 constexpr int kConsumers = 256;
-constexpr int kOutRegisters = kRank / 2;
+// Whole 64-column tiles: with an odd number of them the two warpgroups share one, and write the same numbers there.
+constexpr int kOutColumns = ceil_div(kLatentTiles, kColumnGroups) * 64;
+constexpr int kOutRegisters = kOutColumns / 2;
+constexpr bool kSharedTiles = kGroup == 2 || kColumnGroups == 2;
+// With two stages, waiting for the next tile before the values of this one would leave nothing to do while it comes.
+constexpr bool kOverlap = kStages > 2;
 
 // The dynamic shared memory, from a multiple of 1024.
 constexpr int kStageAt = kQueryBytes;
@@ -23,7 +29,8 @@ constexpr int kMergeAt = kStageAt + kStages * kStageBytes;  // float [2][64][2]
 constexpr int kBarrierAt = kMergeAt + 1024;
 constexpr int kSharedBytes = kBarrierAt + 8 * (2 * kStages + 2);
 
-static_assert(kRank % 64 == 0 && kRank <= 256, "K1 holds a whole row of the output in registers");
+static_assert(kRank % 64 == 0 && kOutColumns <= 256, "a warpgroup's registers hold 64 x 256 of the output");
+static_assert(kGroup == 1 || kColumnGroups == 1, "the warpgroups share a tile in one way");
 static_assert(kRope % 16 == 0 && kTile == 64 && kPage == 64 && kHeadTile == 64, "one page is one tile");
 
 MLAC_DEVICE void load_cache(const DecodeParams& p, const TensorMap* map, u32 shared, u32 full, u32 empty) {
@@ -201,6 +208,8 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
   const int warp = thread / 32, lane = thread % 32;
   const int row = warp * 16 + lane / 4;
   const int column = lane % 4 * 2;
+  // The first of this warpgroup's output columns, in 64-column tiles.
+  const int value_tile = kColumnGroups == 2 ? group * (kLatentTiles - kOutColumns / 64) : 0;
   const float scale = p.scale * kLog2e;
   float* exchange = reinterpret_cast<float*>(memory);  // the queries' memory, when they are done with
   float* merge = reinterpret_cast<float*>(memory + kMergeAt);
@@ -230,8 +239,9 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
     u32 weights[16];
     float rescale[2];
     // The scores of tile i are multiplied while the values of the tile before still are, and its softmax runs beside them.
-    int i = kGroup == 2 ? 0 : group;
-    if (i < count) {
+    constexpr int kStep = kSharedTiles ? 1 : 2;
+    int i = kSharedTiles ? 0 : group;
+    while (i < count) {
       int stage = (base + i) % kStages;
       await_tile(memory, full, stage, base + i, piece, i, group, warp, lane);
       pin(s);
@@ -241,10 +251,14 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
       wgmma_wait<0>();
       pin(s);
       soften(s, view, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
+      if (!kOverlap) {
+#pragma unroll
+        for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
+      }
 #pragma unroll
       for (int j = 0; j < 16; ++j) weights[j] = pack(s[2 * j], s[2 * j + 1]);
       int held = stage;
-      for (i += 3 - kGroup; i < count; i += 3 - kGroup) {
+      for (i += kStep; kOverlap && i < count; i += kStep) {
         stage = (base + i) % kStages;
         await_tile(memory, full, stage, base + i, piece, i, group, warp, lane);
         pin(s);
@@ -253,7 +267,7 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
         wgmma_fence();
         multiply_scores(s, query, shared + kStageAt + stage * kStageBytes);
         wgmma_commit();
-        multiply_values(o, weights, shared + kStageAt + held * kStageBytes);
+        multiply_values(o, weights, shared + kStageAt + held * kStageBytes + value_tile * kSubTile);
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
@@ -271,7 +285,7 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
       pin(o);
       pin(weights);
       wgmma_fence();
-      multiply_values(o, weights, shared + kStageAt + held * kStageBytes);
+      multiply_values(o, weights, shared + kStageAt + held * kStageBytes + value_tile * kSubTile);
       wgmma_commit();
       wgmma_wait<0>();
       pin(o);
@@ -286,14 +300,14 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
     }
     float inverse[2];
     const bool store = lane % 4 == 0;
-    if (kGroup == 2) {
+    if (kSharedTiles) {
       // The queries were read for the last time: the next ones may come.
       if (lane == 0) barrier_arrive(query_empty);
       if (active) {
-        int slot_row = piece.slot >= 0 ? (piece.slot * kGroup + group) * 64 : 0;
-        denominators(p, piece, row_tile, slot_row, peak, sum, row, store, inverse);
-        finish_half<0>(o, p, piece, row_tile, slot_row, inverse, row, column);
-        finish_half<1>(o, p, piece, row_tile, slot_row, inverse, row, column);
+        int slot_row = piece.slot >= 0 ? (piece.slot * kGroup + (kGroup == 2 ? group : 0)) * 64 : 0;
+        denominators(p, piece, row_tile, slot_row, peak, sum, row, store && (kColumnGroups == 1 || group == 0), inverse);
+        finish_half<0>(o, p, piece, row_tile, slot_row, inverse, row, column + value_tile * 64);
+        finish_half<1>(o, p, piece, row_tile, slot_row, inverse, row, column + value_tile * 64);
       }
       continue;
     }
@@ -343,10 +357,10 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
   }
 }
 
-extern "C" __global__ void __launch_bounds__(384, 1)
+MLAC_KERNEL __launch_bounds__(384, 1)
 mlac_decode(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMap query_map,
             const __grid_constant__ TensorMap cache_map) {
-  extern __shared__ __align__(1024) u8 memory[];
+  MLAC_DYNAMIC_SHARED(memory);
   const u32 shared = shared_address(memory);
   const u32 full = shared + kBarrierAt;
   const u32 empty = full + 8 * kStages;
@@ -354,10 +368,10 @@ mlac_decode(const __grid_constant__ DecodeParams p, const __grid_constant__ Tens
   if (threadIdx.x == 0) {
     for (int i = 0; i < kStages; ++i) {
       barrier_init(full + 8 * i, 1);
-      barrier_init(empty + 8 * i, 4 * kGroup);
+      barrier_init(empty + 8 * i, kSharedTiles ? 8 : 4);
     }
     barrier_init(query_full, 1);
-    barrier_init(query_empty, kGroup == 2 ? 8 : 4);
+    barrier_init(query_empty, kSharedTiles ? 8 : 4);
     fence_barrier_init();
     tma_prefetch_map(&query_map);
     tma_prefetch_map(&cache_map);

@@ -8,7 +8,7 @@
 
 constexpr int kPlanThreads = 1024;
 
-extern "C" __global__ void __launch_bounds__(kPlanThreads) mlac_plan(const __grid_constant__ PlanParams p) {
+MLAC_KERNEL __launch_bounds__(kPlanThreads) mlac_plan(const __grid_constant__ PlanParams p) {
   __shared__ int sums[kPlanThreads];
   wait_for_previous_kernel();
   let_next_kernel_start();

@@ -1,6 +1,6 @@
 //! Everything that runs around the product: set-up, tests, demo.
 //!
-//! `cargo xtask setup | test | demo | oracle | doctor | make-gpt-oss`. Each command first installs,
+//! `cargo xtask setup | test | demo | oracle | doctor | gpu-check | make-gpt-oss`. Each command first installs,
 //! pinned and checksummed, what it needs into `target/runtime`; when that is done already it costs
 //! milliseconds and no network.
 #![allow(
@@ -35,6 +35,8 @@ Commands:
   demo [args]        set-up, then compile SmolLM2-135M to MLA end to end and generate a sentence
   oracle [args]      set-up, then regenerate the reference fixtures and compare them
   doctor [args]      what was found, what is needed, how to get it
+  gpu-check          set-up, then pack the kernels into a folder that checks and times them on a GPU machine:
+                     [--output FOLDER] [--arch sm_90a,sm_80]
   make-gpt-oss       a synthetic checkpoint in the exact form of GPT-OSS, to convert without a download:
                      --size 20b|120b --output FOLDER [--layers N] [--seed S]
 
@@ -52,6 +54,7 @@ fn main() -> ExitCode {
         "demo" => commands::demo::run(&workspace, &rest),
         "oracle" => commands::oracle::run(&workspace, &rest),
         "doctor" => commands::doctor::run(&workspace, &rest),
+        "gpu-check" => commands::gpu_check::run(&workspace, &rest),
         "make-gpt-oss" => commands::make_gpt_oss::run(&workspace, &rest),
         "" | "help" | "--help" | "-h" => {
             println!("{HELP}");

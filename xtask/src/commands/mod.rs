@@ -2,6 +2,7 @@
 
 pub(crate) mod demo;
 pub(crate) mod doctor;
+pub(crate) mod gpu_check;
 pub(crate) mod make_gpt_oss;
 pub(crate) mod oracle;
 pub(crate) mod setup;
