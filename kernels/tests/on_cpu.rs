@@ -8,6 +8,7 @@
     clippy::format_push_string,
     clippy::items_after_statements,
     clippy::needless_for_each,
+    clippy::float_cmp,
     reason = "a test that cannot go on says why by panicking; its texts are short"
 )]
 
@@ -17,16 +18,17 @@ use std::process::Command;
 
 use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::plan::Plan;
-use mlac_kernels::problem::{Answer, Problem, bits, compare, from_bits};
+use mlac_kernels::problem::{Answer, Problem, Random, bits, compare, from_bits};
 use mlac_kernels::source::{HEADERS, prologue};
 use mlac_kernels::{Arch, AttentionDesc, Dtype, Kernel, Mask};
 
-const HOST: [(&str, &str); 5] = [
+const HOST: [(&str, &str); 6] = [
     ("machine.h", include_str!("host/machine.h")),
     ("ptx.cuh", include_str!("host/ptx.cuh")),
     ("hopper.cuh", include_str!("host/hopper.cuh")),
     ("mma.cuh", include_str!("host/mma.cuh")),
     ("main.cpp", include_str!("host/main.cpp")),
+    ("append.cpp", include_str!("host/append.cpp")),
 ];
 
 /// A text of a source and what takes its place.
@@ -47,6 +49,11 @@ fn compile(desc: &AttentionDesc, config: &AttentionConfig, folder: &Path, edit: 
         text.push_str("#include \"plan.cuh\"\n#include \"combine.cuh\"\n");
     }
     text.push_str("#include \"main.cpp\"\n");
+    compile_text(text, folder, edit);
+}
+
+/// Compiles a text that includes the sources into `folder/run`.
+fn compile_text(text: String, folder: &Path, edit: Option<Edit>) {
     for (name, body) in HEADERS.iter().chain(&HOST) {
         let body = match edit {
             Some((file, from, to)) if file == *name => {
@@ -74,7 +81,7 @@ fn compile(desc: &AttentionDesc, config: &AttentionConfig, folder: &Path, edit: 
         });
     assert!(
         output.status.success(),
-        "{desc}: {}",
+        "{}",
         String::from_utf8_lossy(&output.stderr)
     );
 }
@@ -424,5 +431,84 @@ fn mistakes_in_the_sources_are_noticed() {
                 .is_some(),
         };
         assert!(noticed, "{name} went unnoticed");
+    }
+}
+
+#[test]
+fn appended_rows_are_rotated_and_strangers_are_left_out() {
+    let desc = AttentionDesc {
+        dtype: Dtype::F16,
+        ..AttentionDesc::latent(64, 128, 48, Arch::Sm90a)
+    };
+    let config = AttentionConfig::choose(&desc).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let mut text = prologue(&desc, &config);
+    text.push_str("#include \"append.cuh\"\n#include \"append.cpp\"\n");
+    compile_text(text, folder.path(), None);
+    let (rank, rope, table_rows, cache_rows) = (128_usize, 48_usize, 50_usize, 128_usize);
+    // Position and slot of each token; the last three belong nowhere.
+    let tokens: [(i32, i32); 6] = [(0, 5), (49, 127), (7, 64), (3, -1), (3, 128), (50, 9)];
+    let mut random = Random::new(3);
+    let mut numbers = |count: usize| -> Vec<f32> { (0..count).map(|_| random.eighth()).collect() };
+    let (latent, key) = (numbers(tokens.len() * rank), numbers(tokens.len() * rope));
+    let angles: Vec<f32> = (0..table_rows * rope / 2)
+        .map(|i| i as f32 * 0.37)
+        .collect();
+    let mut file = Vec::new();
+    for number in [tokens.len(), table_rows, cache_rows] {
+        file.extend((number as u32).to_le_bytes());
+    }
+    tokens.iter().for_each(|t| file.extend(t.0.to_le_bytes()));
+    tokens.iter().for_each(|t| file.extend(t.1.to_le_bytes()));
+    angles
+        .iter()
+        .for_each(|a| file.extend(a.cos().to_le_bytes()));
+    angles
+        .iter()
+        .for_each(|a| file.extend(a.sin().to_le_bytes()));
+    for x in latent.iter().chain(&key) {
+        file.extend(bits(desc.dtype, *x).to_le_bytes());
+    }
+    fs::write(folder.path().join("problem"), file).unwrap();
+    let status = Command::new(folder.path().join("run"))
+        .arg(folder.path().join("problem"))
+        .arg(folder.path().join("answer"))
+        .status()
+        .unwrap();
+    assert!(status.success());
+    let cache: Vec<u16> = fs::read(folder.path().join("answer"))
+        .unwrap()
+        .chunks_exact(2)
+        .map(|c| u16::from_le_bytes([c[0], c[1]]))
+        .collect();
+    for (slot, row) in cache.chunks_exact(rank + rope).enumerate() {
+        let Some(token) = tokens[..3].iter().position(|t| t.1 as usize == slot) else {
+            assert!(row.iter().all(|&b| b == 0x7fff), "row {slot} was written");
+            continue;
+        };
+        let number = |i: usize| f64::from(from_bits(desc.dtype, row[i]));
+        for i in 0..rank {
+            assert_eq!(number(i), f64::from(latent[token * rank + i]));
+        }
+        for i in 0..rope / 2 {
+            let angle = f64::from(angles[tokens[token].0 as usize * rope / 2 + i]);
+            let (x, y) = (
+                f64::from(key[token * rope + i]),
+                f64::from(key[token * rope + i + rope / 2]),
+            );
+            let expected = [
+                x * angle.cos() - y * angle.sin(),
+                y * angle.cos() + x * angle.sin(),
+            ];
+            for (found, expected) in [number(rank + i), number(rank + rope / 2 + i)]
+                .into_iter()
+                .zip(expected)
+            {
+                assert!(
+                    (found - expected).abs() < 1e-3,
+                    "token {token}, component {i}: {found}, expected {expected}"
+                );
+            }
+        }
     }
 }

@@ -22,6 +22,9 @@ pub enum Error {
     /// From a runtime.
     #[error(transparent)]
     Engine(#[from] mlac_engines::EngineError),
+    /// From the kernels: their compiler, their cache.
+    #[error(transparent)]
+    Kernel(#[from] mlac_kernels::KernelError),
     /// Turning something into JSON or back failed.
     #[error("{subject}: {source}")]
     Json {

@@ -4,7 +4,7 @@ use mlac_model::Refusal;
 
 use crate::config::AttentionConfig;
 use crate::desc::{Attention, AttentionDesc, Mask};
-use crate::params::{Address, DecodeParams, PlanParams};
+use crate::params::{Address, AppendParams, DecodeParams, PlanParams};
 
 /// Most CTAs that a plan divides work among: `kMaxParts` of `cuda/combine.cuh`.
 pub(super) const MAX_PARTS: u32 = 1024;
@@ -323,12 +323,126 @@ impl Call {
     }
 }
 
+/// Rows for the cache of a latent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Append {
+    /// `[tokens, kv_lora_rank]`.
+    pub latent: Region,
+    /// `[tokens, rope_dim]`, not rotated.
+    pub key: Region,
+    /// `[table_rows, rope_dim / 2]` f32.
+    pub cosines: Region,
+    /// `[table_rows, rope_dim / 2]` f32.
+    pub sines: Region,
+    /// `[tokens]` i32: rows of the tables.
+    pub positions: Region,
+    /// `[tokens]` i32: page * 64 + row of the page; negative: none.
+    pub slots: Region,
+    /// `[pages, 64, row]`, written.
+    pub cache: Region,
+    /// Tokens.
+    pub tokens: u32,
+    /// Rows of the tables.
+    pub table_rows: u32,
+}
+
+/// Tokens of a CTA of `mlac_append`: `kAppendWarps` of `cuda/append.cuh`.
+const APPEND_TOKENS: u32 = 4;
+
+impl Append {
+    /// Checks sizes and alignments; the parameters and the number of CTAs.
+    ///
+    /// # Errors
+    /// Names the argument, what was expected, found, and what to do.
+    pub fn check(&self, desc: &AttentionDesc) -> Result<(AppendParams, u32), Refusal> {
+        desc.check()?;
+        let refuse = |name: &str, expected: String, found: String| {
+            Err(Refusal::new(
+                format!("append for {}: {name}", desc.slug()),
+                expected,
+                found,
+                "pass what the shapes in its documentation need",
+            ))
+        };
+        let Attention::Latent {
+            kv_lora_rank,
+            rope_dim,
+        } = desc.attention
+        else {
+            return refuse("request", "a latent".into(), "grouped queries".into());
+        };
+        let limit = i32::MAX as u32 / 2;
+        if !(1..=limit).contains(&self.tokens) || !(1..=limit).contains(&self.table_rows) {
+            return refuse(
+                "tokens and table rows",
+                format!("1 to {limit}"),
+                format!("{} and {}", self.tokens, self.table_rows),
+            );
+        }
+        let (tokens, rank, rope) = (
+            u64::from(self.tokens),
+            u64::from(kv_lora_rank),
+            u64::from(rope_dim),
+        );
+        let table = u64::from(self.table_rows) * rope * 2;
+        let row = (rank + rope) * 2;
+        for (name, region, bytes, align) in [
+            ("latent", self.latent, tokens * rank * 2, 16),
+            ("key", self.key, tokens * rope * 2, 2),
+            ("cosines", self.cosines, table, 4),
+            ("sines", self.sines, table, 4),
+            ("positions", self.positions, tokens * 4, 4),
+            ("slots", self.slots, tokens * 4, 4),
+            ("cache", self.cache, row, 16),
+        ] {
+            if region.bytes < bytes {
+                return refuse(
+                    name,
+                    format!("at least {bytes} bytes"),
+                    format!("{} bytes", region.bytes),
+                );
+            }
+            if region.address == 0 || !region.address.is_multiple_of(align) {
+                return refuse(
+                    name,
+                    format!("a device address that is a multiple of {align}"),
+                    format!("{:#x}", region.address),
+                );
+            }
+        }
+        let rows = self.cache.bytes / row;
+        if !self.cache.bytes.is_multiple_of(row) || rows > i32::MAX as u64 {
+            return refuse(
+                "cache",
+                format!("whole rows of {row} bytes, at most {}", i32::MAX),
+                format!("{} bytes", self.cache.bytes),
+            );
+        }
+        Ok((
+            AppendParams {
+                latent: self.latent.address,
+                key: self.key.address,
+                cosines: self.cosines.address,
+                sines: self.sines.address,
+                positions: self.positions.address,
+                slots: self.slots.address,
+                cache: self.cache.address,
+                tokens: self.tokens as i32,
+                table_rows: self.table_rows as i32,
+                cache_rows: rows as i32,
+            },
+            self.tokens.div_ceil(APPEND_TOKENS),
+        ))
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::Arch;
 
     type Change = fn(&mut Call);
+    type AppendChange = fn(&mut Append);
 
     fn region(bytes: u64) -> Region {
         Region::of(0x1000_0000, bytes)
@@ -402,5 +516,42 @@ mod tests {
         let config = AttentionConfig::choose(&window).unwrap();
         let grids = good.check(&window, &config, 132).unwrap();
         assert_eq!((grids.decode_blocks, grids.combine_blocks), (2, 0));
+    }
+
+    #[test]
+    fn rows_that_do_not_fit_are_refused() {
+        let desc = AttentionDesc::latent(64, 192, 64, Arch::Sm90a);
+        let good = Append {
+            latent: region(5 * 192 * 2),
+            key: region(5 * 64 * 2),
+            cosines: region(100 * 32 * 4),
+            sines: region(100 * 32 * 4),
+            positions: region(20),
+            slots: region(20),
+            cache: region(3 * 64 * 256 * 2),
+            tokens: 5,
+            table_rows: 100,
+        };
+        let (params, blocks) = good.check(&desc).unwrap();
+        assert_eq!((params.cache_rows, blocks), (192, 2));
+        let changes: [(&str, AppendChange); 5] = [
+            ("latent: expected at least 1920 bytes", |a| {
+                a.latent.bytes -= 1;
+            }),
+            ("sines: expected at least 12800 bytes", |a| {
+                a.sines.bytes = 0;
+            }),
+            ("cache: expected a device address", |a| a.cache.address = 0),
+            ("cache: expected whole rows", |a| a.cache.bytes += 2),
+            ("tokens and table rows: expected 1 to", |a| a.tokens = 0),
+        ];
+        for (expected, change) in changes {
+            let mut bad = good;
+            change(&mut bad);
+            let text = bad.check(&desc).unwrap_err().to_string();
+            assert!(text.contains(expected), "{expected} in: {text}");
+        }
+        let grouped = AttentionDesc::grouped(64, 8, 64, Arch::Sm90a);
+        assert!(good.check(&grouped).is_err());
     }
 }

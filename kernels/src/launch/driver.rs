@@ -10,7 +10,7 @@ use cudarc::driver::sys::CUdevice_attribute_enum as A;
 use cudarc::driver::{result, sys};
 use mlac_model::Refusal;
 
-use super::check::{Call, Grids, MAX_PARTS, Region};
+use super::check::{Append, Call, Grids, MAX_PARTS, Region};
 use crate::config::{AttentionConfig, Kernel};
 use crate::desc::{Attention, AttentionDesc, Dtype};
 use crate::error::{KernelError, Result};
@@ -313,13 +313,17 @@ pub struct Decoder {
     parts: u32,
     decode: sys::CUfunction,
     plan: Option<(sys::CUfunction, sys::CUfunction)>,
+    append: Option<sys::CUfunction>,
     _module: Module,
     _device: Device,
 }
 
-/// Threads of `mlac_plan` and `mlac_combine`.
+/// Threads of `mlac_plan`.
 const PLAN_THREADS: u32 = 1024;
+/// Threads of `mlac_combine`.
 const COMBINE_THREADS: u32 = 256;
+/// Threads of `mlac_append`.
+const APPEND_THREADS: u32 = 128;
 
 impl Decoder {
     /// Loads a cubin.
@@ -379,12 +383,17 @@ impl Decoder {
         } else {
             None
         };
+        let append = match desc.attention {
+            Attention::Latent { .. } => Some(function("mlac_append")?),
+            Attention::Grouped { .. } => None,
+        };
         Ok(Self {
             desc: *desc,
             config: config.clone(),
             parts: (device.multiprocessors * (resident.max(1) as u32)).min(MAX_PARTS),
             decode,
             plan,
+            append,
             _module: module,
             _device: device.clone(),
         })
@@ -453,6 +462,26 @@ impl Decoder {
             )?;
         }
         Ok(())
+    }
+
+    /// Checks the arguments, then writes rows into the cache, in the order of the stream.
+    ///
+    /// # Errors
+    /// What [`Append::check`] refuses; what the driver says.
+    pub fn append(&self, rows: &Append, stream: &Stream) -> Result<()> {
+        let (mut params, blocks) = rows.check(&self.desc)?;
+        let Some(function) = self.append else {
+            return Err(failed("append")("the request has no latent"));
+        };
+        launch(
+            function,
+            blocks,
+            APPEND_THREADS,
+            0,
+            stream,
+            false,
+            &mut [ptr::from_mut(&mut params).cast()],
+        )
     }
 
     /// Tensor maps of queries and cache: boxes of 64 columns, 64 rows, one token or page.

@@ -5,5 +5,5 @@
 mod check;
 mod driver;
 
-pub use check::{Call, Grids, Region, Workspace};
+pub use check::{Append, Call, Grids, Region, Workspace};
 pub use driver::{Buffer, Decoder, Device, Event, Stream};

@@ -53,6 +53,9 @@ pub enum Command {
     /// Time decode steps of one or two ONNX folders by context.
     #[command(after_help = "Example:\n  mlac bench onnx-gqa/ onnx-mla/ --contexts 1K,4K")]
     Bench(BenchArgs),
+    /// CUDA kernels: compile them, list and check what is compiled. None of it needs a GPU.
+    #[command(subcommand)]
+    Kernels(KernelCommand),
     /// The whole way: convert, export, build, verify, evaluate, benchmark, report.
     #[command(
         after_help = "Example:\n  mlac compile model/ -o out/ --budget 0.5 --calib text.txt --eval test.txt --target sm89,sm120"
@@ -343,4 +346,85 @@ pub struct CompileArgs {
         default_value = "The three most important things about a compiler are"
     )]
     pub prompt: String,
+}
+
+/// `mlac kernels`.
+#[derive(Debug, Subcommand)]
+pub enum KernelCommand {
+    /// Compile the attention kernels of a layer for a GPU and report registers, stack and instructions.
+    #[command(
+        after_help = "Example:\n  mlac kernels build --arch sm_90a --kv-lora-rank 192 --rope-dim 64 --sinks"
+    )]
+    Build(KernelBuildArgs),
+    /// List the compiled kernels.
+    #[command(after_help = "Example:\n  mlac kernels list")]
+    List,
+    /// Check every compiled kernel: digests, stack, spills, instructions. Exit code 1 if any is not as it must be.
+    #[command(after_help = "Example:\n  mlac kernels check")]
+    Check,
+}
+
+/// Which cached tokens a query token sees.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum MaskArg {
+    /// All.
+    Full,
+    /// Those up to its own position.
+    Causal,
+    /// Of the draft, those whose bit is set.
+    Tree,
+}
+
+/// `mlac kernels build`.
+#[derive(Debug, Args)]
+pub struct KernelBuildArgs {
+    /// GPU architecture: sm_80, sm_86, sm_89, sm_90a, sm_120.
+    #[arg(long)]
+    pub arch: String,
+    /// Numbers in the latent: 64 to 512 in steps of 64.
+    #[arg(
+        long,
+        value_name = "R",
+        default_value_t = 512,
+        conflicts_with = "kv_heads"
+    )]
+    pub kv_lora_rank: u32,
+    /// Numbers in the shared rotary key: 16 to 128 in steps of 16.
+    #[arg(
+        long,
+        value_name = "D",
+        default_value_t = 64,
+        conflicts_with = "kv_heads"
+    )]
+    pub rope_dim: u32,
+    /// Query heads.
+    #[arg(long, default_value_t = 64)]
+    pub heads: u32,
+    /// Grouped queries instead of a latent, with so many KV heads.
+    #[arg(long)]
+    pub kv_heads: Option<u32>,
+    /// Numbers in a head of grouped queries.
+    #[arg(long, default_value_t = 64, requires = "kv_heads")]
+    pub head_dim: u32,
+    /// Query tokens of a request: 1 to decode, more to verify a draft.
+    #[arg(long, default_value_t = 1)]
+    pub query_tokens: u32,
+    /// Which cached tokens a query token sees.
+    #[arg(long, value_enum, default_value_t = MaskArg::Causal)]
+    pub mask: MaskArg,
+    /// Sliding window in tokens.
+    #[arg(long)]
+    pub window: Option<u32>,
+    /// Every query head has a sink.
+    #[arg(long)]
+    pub sinks: bool,
+    /// f16 instead of bf16.
+    #[arg(long)]
+    pub f16: bool,
+    /// Tokens in a page of the cache.
+    #[arg(long, default_value_t = 64)]
+    pub page: u32,
+    /// Folder of compiled kernels [default: MLAC_KERNEL_CACHE, else the user's cache folder].
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
 }

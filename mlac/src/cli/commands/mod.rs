@@ -8,6 +8,7 @@ mod doctor;
 mod eval;
 mod export;
 mod generate;
+mod kernels;
 mod plan;
 mod verify;
 
@@ -56,6 +57,7 @@ pub fn run(cli: Cli) -> Result<bool, Error> {
         Command::Eval(args) => eval::run(&args, context),
         Command::Generate(args) => generate::run(&args, context),
         Command::Bench(args) => bench::run(&args, context),
+        Command::Kernels(command) => kernels::run(&command, context),
         Command::Compile(args) => compile::run(&args, context),
     }
 }

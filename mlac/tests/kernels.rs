@@ -1,0 +1,97 @@
+//! `mlac kernels`: builds without a GPU, refuses what no kernel computes, and sees a damaged cubin.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+fn mlac(folder: &Path, args: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_mlac"))
+        .arg("kernels")
+        .args(args)
+        .env("MLAC_KERNEL_CACHE", folder.join("cache"))
+        .output()
+        .expect("mlac runs")
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[test]
+fn a_kernel_is_built_listed_checked_and_its_damage_seen() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let build = [
+        "build",
+        "--arch",
+        "sm_90a",
+        "--kv-lora-rank",
+        "192",
+        "--sinks",
+    ];
+    let first = mlac(folder.path(), &build);
+    let out = text(&first.stdout);
+    assert!(first.status.success(), "{}{out}", text(&first.stderr));
+    for part in [
+        "MLA, latent 192 + rotated key 64, 64 heads",
+        "compiled in",
+        "mlac_decode",
+        "stack 0, local 0",
+        "40 HGMMA, 8 UTMALDG, 0 HMMA, 0 LDL, 0 STL",
+        "not run on a GPU",
+    ] {
+        assert!(out.contains(part), "{part} in:\n{out}");
+    }
+    let again = text(&mlac(folder.path(), &build).stdout);
+    assert!(again.contains("from the cache"), "{again}");
+    let list = mlac(folder.path(), &["list", "--json"]);
+    let told: serde_json::Value = serde_json::from_slice(&list.stdout).expect("JSON");
+    assert_eq!(told[0]["request"]["query_heads"], 64);
+    assert_eq!(told[0]["run_on_a_gpu"], false);
+    assert_eq!(mlac(folder.path(), &["check"]).status.code(), Some(0));
+
+    let file = told[0]["file"].as_str().expect("a file").to_owned();
+    let mut bytes = fs::read(&file).expect("the cubin");
+    bytes[2000] ^= 1;
+    fs::write(&file, bytes).expect("the cubin");
+    let check = mlac(folder.path(), &["check"]);
+    assert_eq!(check.status.code(), Some(1));
+    assert!(text(&check.stdout).contains("damaged or missing"));
+}
+
+#[test]
+fn what_no_kernel_computes_is_refused_with_what_there_is() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for (args, parts) in [
+        (
+            ["--arch", "sm_90a", "--kv-lora-rank", "100"],
+            "expected one of 64, 128, 192, 256, 320, 384, 448, 512, found 100",
+        ),
+        (
+            ["--arch", "sm_75", "--kv-lora-rank", "128"],
+            "expected one of sm_80, sm_86, sm_89, sm_90a, sm_120",
+        ),
+    ] {
+        let refused = mlac(folder.path(), &[&["build"], &args[..]].concat());
+        assert_eq!(refused.status.code(), Some(2));
+        let err = text(&refused.stderr);
+        assert!(err.contains(parts) && err.contains("fix:"), "{err}");
+    }
+    assert!(!folder.path().join("cache").exists());
+}
+
+#[test]
+fn a_missing_compiler_is_told() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let refused = Command::new(env!("CARGO_BIN_EXE_mlac"))
+        .args(["kernels", "build", "--arch", "sm_90a"])
+        .env("MLAC_KERNEL_CACHE", folder.path())
+        .env("MLAC_CUDA", folder.path())
+        .output()
+        .expect("mlac runs");
+    assert_eq!(refused.status.code(), Some(2));
+    let err = text(&refused.stderr);
+    assert!(
+        err.contains("MLAC_CUDA") && err.contains("without lib/libnvrtc.so.13"),
+        "{err}"
+    );
+}
