@@ -73,6 +73,20 @@ struct View {
     return true;
   }
 
+  // The same for the 64 tokens from `start` on, one bit each.
+  MLAC_DEVICE u64 columns(int start) const {
+    u64 seen = below(hi - start) & ~below(lo - start);
+    if (kMask == 2) {
+      int first = draft - start;
+      u64 drafted = first >= 64 || first <= -64 ? 0 : first >= 0 ? tree << first : tree >> -first;
+      seen &= below(first) | drafted;
+    }
+    return seen;
+  }
+
+  // The lowest `count` bits.
+  static MLAC_DEVICE u64 below(int count) { return count <= 0 ? 0 : count >= 64 ? ~0ull : (1ull << count) - 1; }
+
   // Whether a tile starting there needs no mask.
   MLAC_DEVICE bool whole(int start) const {
     return start >= lo && start + kTile <= (kMask == 2 ? draft : hi);

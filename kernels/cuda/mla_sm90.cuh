@@ -170,15 +170,20 @@ MLAC_DEVICE void multiply_values(float (&o)[kOutRegisters], const u32 (&weights)
   for (int k = 0; k < 4; ++k) wgmma_values(o, weights + 4 * k, descriptor(kDescriptorMn, tile + k * 2048));
 }
 
+// Only the bounds of what is seen whole stay in registers; a tile at an edge asks for the rest again.
+struct Edges {
+  int from, to;
+};
+
 // Masks, running maximum, weights in place of the scores, denominators.
-MLAC_DEVICE void soften(float (&s)[32], const View& view, int start, int column, float scale, float (&peak)[2], float (&sum)[2],
-                        float (&rescale)[2]) {
-  if (!view.whole(start)) {
+MLAC_DEVICE void soften(float (&s)[32], const DecodeParams& p, const Piece& piece, int token, const Edges& edges, int start, int column,
+                        float scale, float (&peak)[2], float (&sum)[2], float (&rescale)[2]) {
+  if (start < edges.from || start + kTile > edges.to) {
+    const View view = view_of(piece.length, token, kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0);
+    const u64 seen = view.columns(start) >> column;
 #pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      int position = start + j / 4 * 8 + column + j % 2;
-      if (!view.sees(position)) s[j] = minus_infinity();
-    }
+    for (int j = 0; j < 32; ++j)
+      if (!(seen >> (j / 4 * 8 + j % 2) & 1)) s[j] = minus_infinity();
   }
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
@@ -222,8 +227,12 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
     const int row_tile = piece.unit * kGroup + (kGroup == 2 ? group : 0);
     const bool active = row_tile < kRowTiles;
     const int token = min(row_tile, kRowTiles - 1) / kHeadTiles;
-    u64 tree = kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0;
-    const View view = view_of(piece.length, token, tree);
+    Edges edges;
+    {
+      const View view = view_of(piece.length, token, kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0);
+      edges.from = view.lo;
+      edges.to = kMask == 2 ? view.draft : view.hi;
+    }
 
     float o[kOutRegisters];
 #pragma unroll
@@ -250,7 +259,7 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
       wgmma_commit();
       wgmma_wait<0>();
       pin(s);
-      soften(s, view, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
+      soften(s, p, piece, token, edges, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
       if (!kOverlap) {
 #pragma unroll
         for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
@@ -271,7 +280,7 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
-        soften(s, view, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
+        soften(s, p, piece, token, edges, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
         wgmma_wait<0>();
         pin(o);
         pin(weights);
