@@ -103,7 +103,7 @@ pub const MAX_QUERY_TOKENS: u32 = 16;
 
 /// Most query heads of one KV head times query tokens: what a warp's registers hold of output and queries.
 const fn grouped_rows(head_dim: u32) -> u32 {
-    if head_dim == 64 { 48 } else { 16 }
+    if head_dim == 64 { 32 } else { 16 }
 }
 
 fn list(values: &[u32]) -> String {

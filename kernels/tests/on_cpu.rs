@@ -322,7 +322,7 @@ fn gqa() {
         AttentionDesc {
             query_tokens: 4,
             mask: Mask::Tree,
-            ..sinks(AttentionDesc::grouped(18, 2, 64, Arch::Sm89))
+            ..sinks(AttentionDesc::grouped(14, 2, 64, Arch::Sm89))
         },
         &[(&[66, 700], 4)],
     );

@@ -140,7 +140,7 @@ fn grouped_decode() {
         ..hopper
     });
     descs.push(AttentionDesc {
-        query_tokens: 6,
+        query_tokens: 4,
         dtype: Dtype::F16,
         ..hopper
     });

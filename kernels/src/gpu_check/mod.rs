@@ -1,6 +1,6 @@
 //! The check that goes to a GPU: a folder with one program and cubins that needs nothing but an NVIDIA driver.
 //!
-//! [`pack`] fills the folder where the toolchain is; [`self_test`] checks it on any CPU; [`run`] checks and times it on a GPU.
+//! [`pack()`] fills the folder where the toolchain is; [`self_test`] checks it on any CPU; [`run()`] checks and times it on a GPU.
 
 mod pack;
 mod run;

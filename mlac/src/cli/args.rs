@@ -378,7 +378,7 @@ pub enum MaskArg {
 /// `mlac kernels build`.
 #[derive(Debug, Args)]
 pub struct KernelBuildArgs {
-    /// GPU architecture: sm_80, sm_86, sm_89, sm_90a, sm_120.
+    /// GPU architecture: `sm_80`, `sm_86`, `sm_89`, `sm_90a` or `sm_120`.
     #[arg(long)]
     pub arch: String,
     /// Numbers in the latent: 64 to 512 in steps of 64.
@@ -424,7 +424,7 @@ pub struct KernelBuildArgs {
     /// Tokens in a page of the cache.
     #[arg(long, default_value_t = 64)]
     pub page: u32,
-    /// Folder of compiled kernels [default: MLAC_KERNEL_CACHE, else the user's cache folder].
+    /// Folder of compiled kernels [default: `MLAC_KERNEL_CACHE`, else the user's cache folder].
     #[arg(long, value_name = "DIR")]
     pub cache: Option<PathBuf>,
 }
