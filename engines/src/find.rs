@@ -139,11 +139,11 @@ impl Library {
             Self::Nvrtc => Facts {
                 title: "NVRTC",
                 variable: "MLAC_NVRTC",
-                runtime: "nvrtc",
+                runtime: "cuda/lib",
                 wheels: &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
                 file: "libnvrtc.so",
                 needed: "libnvrtc.so of CUDA 12 or 13, to compile mlac's own kernels",
-                fix: "`pip install nvidia-cuda-nvrtc`, or set MLAC_NVRTC to the library",
+                fix: "run `cargo xtask setup` in mlac's checkout, or `pip install nvidia-cuda-nvrtc==13.0.88`, or set MLAC_NVRTC to the library",
             },
         }
     }
