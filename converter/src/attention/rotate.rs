@@ -16,7 +16,7 @@ pub(crate) struct RotationTable {
 
 impl RotationTable {
     /// The table of positions `0..positions`, computed in f64: sines and cosines at every
-    /// [`ANCHOR`]th position, by the addition theorem in between.
+    /// `ANCHOR`th position, by the addition theorem in between.
     pub(crate) fn new(inv_freq: &[f32], positions: usize) -> Self {
         let half = inv_freq.len();
         let (mut cos, mut sin) = (

@@ -6,11 +6,11 @@
 //! included: `min sum_t |W_o o_t + b - T_t|^2` over sampled query rows t of one calibration window
 //! per step and all keys they see. T is what the caller wants there (what the original layer put out
 //! on the original stream, and what the converted stream lacks); the activations are what the
-//! converted layer will really get. The gradient is candle's, of the forward pass in [`objective`];
-//! the coordinates in which all matrices take the same step size are in [`coordinates`].
+//! converted layer will really get. The gradient is candle's, of the forward pass in `objective`;
+//! the coordinates in which all matrices take the same step size are in `coordinates`.
 //!
 //! Some windows are held out: of several shares of the way the best one there is taken, and none if
-//! the layer was best as it was. They are judged by the reference forward of [`crate::error_eval`],
+//! the layer was best as it was. They are judged by the reference forward of `error_eval`,
 //! which shares no code with the one that is differentiated.
 //!
 //! A step holds about ten matrices `[H * rows, keys]` of f32 besides the parameters.
