@@ -304,6 +304,7 @@ mod tests {
     /// Full attention, sliding windows and sinks, several pieces across the window's edge.
     #[test]
     fn pieces_give_what_the_whole_sequence_gives() {
+        mlac_engines::ort::load().unwrap();
         let fixtures = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures");
         for (name, layers) in [
             ("llama_gqa", 1),
