@@ -315,7 +315,8 @@ pub struct Difference {
     pub worst: usize,
     /// Largest absolute difference of log-sum-exps, over `max(1, |reference|)`.
     pub lse: f32,
-    /// Norm of the difference of outputs over the norm of the reference's; 0 when both are all zeros.
+    /// Norm of the difference of outputs over the norm of the reference's, which counts as no smaller than that
+    /// of outputs of 1e-4; 0 when both are all zeros.
     pub relative: f64,
     /// Outputs or log-sum-exps that are finite in one and not in the other, or NaN.
     pub broken: usize,
@@ -323,6 +324,9 @@ pub struct Difference {
 
 /// Compares an answer with a reference.
 pub fn compare(answer: &Answer, reference: &Answer) -> Difference {
+    /// Outputs of values around 1 are smaller only where a sink takes nearly everything; what is left of them may
+    /// then be below the smallest number of f16, or of f32's exponential.
+    const LEAST_SIZE: f64 = 1e-4;
     let mut difference = Difference {
         max_abs: 0.0,
         worst: 0,
@@ -345,7 +349,8 @@ pub fn compare(answer: &Answer, reference: &Answer) -> Difference {
         norm += f64::from(b).powi(2);
     }
     if apart > 0.0 {
-        difference.relative = (apart / norm).sqrt();
+        let least = answer.out.len() as f64 * LEAST_SIZE.powi(2);
+        difference.relative = (apart / norm.max(least)).sqrt();
     }
     for (&a, &b) in answer.lse.iter().zip(&reference.lse) {
         // Two infinities of one sign have the same bits.
