@@ -84,7 +84,6 @@ fn version(library: Library, path: &Path) -> Result<Option<String>, String> {
     match library {
         Library::OnnxRuntime => probe::onnxruntime(path).map(Some),
         Library::TensorRtRtx | Library::TensorRtEnterprise => probe::tensorrt(path).map(Some),
-        Library::Nvrtc => probe::nvrtc(path).map(Some),
         Library::TensorRtRtxParser | Library::TensorRtShim => probe::loads(path).map(|()| None),
         Library::CudaDriver => {
             let driver = probe::driver(path)?;
@@ -174,7 +173,6 @@ mod tests {
             Library::OnnxRuntime,
             Library::TensorRtRtx,
             Library::CudaDriver,
-            Library::Nvrtc,
         ] {
             assert!(version(library, &other).is_err(), "{library:?}");
         }

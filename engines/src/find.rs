@@ -26,8 +26,6 @@ pub enum Library {
     TensorRtEnterprise,
     /// `libcuda.so.1`: part of the NVIDIA driver
     CudaDriver,
-    /// `libnvrtc.so`: compiles CUDA sources at run time
-    Nvrtc,
 }
 
 /// Where a library was found.
@@ -68,14 +66,13 @@ const SETUP: &str = "run `cargo xtask setup` in mlac's checkout";
 
 impl Library {
     /// Every library, in the order in which `doctor` lists them.
-    pub const ALL: [Self; 7] = [
+    pub const ALL: [Self; 6] = [
         Self::OnnxRuntime,
         Self::TensorRtRtx,
         Self::TensorRtRtxParser,
         Self::TensorRtShim,
         Self::TensorRtEnterprise,
         Self::CudaDriver,
-        Self::Nvrtc,
     ];
 
     const fn facts(self) -> Facts {
@@ -135,15 +132,6 @@ impl Library {
                 file: "libcuda.so.1",
                 needed: "libcuda.so.1 and an NVIDIA GPU, to run engines (building them needs neither)",
                 fix: "install the NVIDIA driver; in a container, start it with GPU access",
-            },
-            Self::Nvrtc => Facts {
-                title: "NVRTC",
-                variable: "MLAC_NVRTC",
-                runtime: "cuda/lib",
-                wheels: &["nvidia/cu13/lib", "nvidia/cuda_nvrtc/lib"],
-                file: "libnvrtc.so",
-                needed: "libnvrtc.so of CUDA 12 or 13, to compile mlac's own kernels",
-                fix: "run `cargo xtask setup` in mlac's checkout, or `pip install nvidia-cuda-nvrtc==13.0.88`, or set MLAC_NVRTC to the library",
             },
         }
     }

@@ -73,27 +73,6 @@ pub(crate) fn tensorrt(path: &Path) -> Probed<String> {
     ))
 }
 
-/// For example "13.0".
-pub(crate) fn nvrtc(path: &Path) -> Probed<String> {
-    let library = load(path)?;
-    let (mut major, mut minor) = (0, 0);
-    with(
-        &library,
-        "nvrtcVersion",
-        |get: unsafe extern "C" fn(*mut c_int, *mut c_int) -> c_int| {
-            // SAFETY: writes two numbers.
-            unsafe { get(&raw mut major, &raw mut minor) }
-        },
-    )
-    .and_then(|status| {
-        if status == 0 {
-            Ok(format!("{major}.{minor}"))
-        } else {
-            Err(format!("nvrtcVersion: error {status}"))
-        }
-    })
-}
-
 /// Whether a library loads at all.
 pub(crate) fn loads(path: &Path) -> Probed<()> {
     load(path).map(|_| ())

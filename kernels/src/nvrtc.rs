@@ -292,3 +292,44 @@ impl Drop for Guard<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs;
+
+    /// A toolchain whose `libnvrtc.so.13` is `nvrtc` and whose builtins are the real ones.
+    fn with_nvrtc(nvrtc: &Path) -> String {
+        let real = Toolchain::find().unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        for file in [
+            real.nvrtc(),
+            real.builtins(),
+            real.cuobjdump(),
+            real.nvdisasm(),
+        ] {
+            let below = file.strip_prefix(real.folder()).unwrap();
+            let place = folder.path().join(below);
+            fs::create_dir_all(place.parent().unwrap()).unwrap();
+            let from = if file == real.nvrtc() { nvrtc } else { &file };
+            fs::copy(from, place).unwrap();
+        }
+        let toolchain = Toolchain::among(Some(folder.path()), &[]).unwrap();
+        Compiler::load(&toolchain).err().unwrap().to_string()
+    }
+
+    #[test]
+    fn a_file_that_is_no_compiler_is_told() {
+        let folder = tempfile::tempdir().unwrap();
+        let text = folder.path().join("text");
+        fs::write(&text, "not a library").unwrap();
+        let error = with_nvrtc(&text);
+        assert!(error.contains("expected a shared library"), "{error}");
+        let other = Toolchain::find().unwrap().builtins();
+        let error = with_nvrtc(&other);
+        assert!(
+            error.contains("expected NVRTC 13 with nvrtcVersion"),
+            "{error}"
+        );
+    }
+}

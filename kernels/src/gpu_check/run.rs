@@ -78,6 +78,8 @@ pub struct Results {
     pub parity: Vec<Parity>,
     /// Times.
     pub bench: Vec<Bench>,
+    /// What was not timed, and why.
+    pub skipped: Vec<String>,
 }
 
 const LENGTHS: [&[u32]; 3] = [&[0, 1, 63, 64, 65, 777], &[4096, 130, 65, 2000], &[16_500]];
@@ -122,6 +124,7 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
         copy_gigabytes_per_second: copy_bandwidth(&device, &stream, options.repeats)?,
         parity: Vec::new(),
         bench: Vec::new(),
+        skipped: Vec::new(),
     };
     tell(&format!(
         "{}, {} multiprocessors, copy {:.0} GB/s, seed {}",
@@ -161,10 +164,14 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
             &pack.cubin(folder, packed)?,
         )?;
         for (batch, context) in SHAPES {
-            if let Some(bench) = bench(
+            match bench(
                 &device, &stream, packed, &decoder, batch, context, options, &results,
             )? {
-                results.bench.push(bench);
+                Some(bench) => results.bench.push(bench),
+                None => results.skipped.push(format!(
+                    "{} at {batch} x {context}: the caches take more than half of the GPU's memory",
+                    packed.desc.slug()
+                )),
             }
         }
     }
@@ -444,6 +451,9 @@ impl Results {
                 b.copy_fraction * 100.0,
                 b.over_gqa.map_or_else(String::new, |x| format!("{x:.2}"))
             );
+        }
+        for skipped in &self.skipped {
+            let _ = writeln!(text, "not timed: {skipped}");
         }
         text
     }

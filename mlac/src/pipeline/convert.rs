@@ -387,7 +387,7 @@ fn convert_layers(
 fn foundation(request: &ConvertRequest<'_>, chosen: &Chosen) -> Result<String, Error> {
     let checkpoint = request.checkpoint;
     pretty(&serde_json::json!({
-        "mlac": env!("CARGO_PKG_VERSION"),
+        "program": program_digest()?,
         "config": checkpoint.raw_config(),
         "embedding": checkpoint.sha256("model.embed_tokens.weight")?,
         "method": request.method.name(),
@@ -396,6 +396,13 @@ fn foundation(request: &ConvertRequest<'_>, chosen: &Chosen) -> Result<String, E
         "query_rows": statistics_options(&request.calibration).sampled_rows,
         "refine": request.refine.as_ref().map(|r| r.options),
     }))
+}
+
+/// SHA-256 of the running program: another build may refine otherwise.
+fn program_digest() -> Result<String, Error> {
+    let program = std::env::current_exe().map_err(|e| Error::io("the running program", e))?;
+    let bytes = std::fs::read(&program).map_err(|e| Error::io(&program, e))?;
+    Ok(hex(&Sha256::digest(bytes)))
 }
 
 /// How the statistics of a calibration are gathered.

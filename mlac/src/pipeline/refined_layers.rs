@@ -3,7 +3,7 @@
 //!
 //! One safetensors file a layer, `layer-7.safetensors`, with the layer's new tensors in f32. Its
 //! metadata hold a key, the SHA-256 of the tensors, and the figures of the layer's report. The key
-//! is the SHA-256 of everything the layer depends on: version of mlac, recipe, options, calibration
+//! is the SHA-256 of everything the layer depends on: this build of mlac, recipe, options, calibration
 //! tokens, and the source's tensors and planned ranks of this layer and all below it. A file with
 //! another key, or whose numbers are not those that were written, is not used.
 

@@ -67,9 +67,25 @@ impl GraphRunner {
             .collect();
         Ok(self.session.run(&wanted)?)
     }
-}
 
-impl GraphRunner {
+    /// Runs and gives the output of that name.
+    pub fn run_for(&mut self, name: &str, inputs: &[(&str, &Value)]) -> Result<Value, Error> {
+        let at = self
+            .session
+            .outputs()
+            .iter()
+            .position(|port| port.name == name);
+        let at = at.ok_or_else(|| {
+            Refusal::new(
+                self.session.subject(),
+                format!("an output {name}"),
+                "none of that name",
+                "report this as a defect of mlac",
+            )
+        })?;
+        Ok(self.run(inputs)?.swap_remove(at))
+    }
+
     /// Runs a layer on the states `[1, tokens, D]` of a sequence, where it has a cache in pieces of
     /// `piece` tokens; the taps of the whole sequence.
     fn run_in_pieces(
@@ -146,26 +162,6 @@ fn not_states(value: &Value) -> Error {
 /// Bytes of a weight in a written graph.
 fn stored_bytes(weight: &WeightRef) -> usize {
     weight.shape.iter().product::<usize>() * weight.dtype.size()
-}
-
-impl GraphRunner {
-    /// Runs and gives the output of that name.
-    pub fn run_for(&mut self, name: &str, inputs: &[(&str, &Value)]) -> Result<Value, Error> {
-        let at = self
-            .session
-            .outputs()
-            .iter()
-            .position(|port| port.name == name);
-        let at = at.ok_or_else(|| {
-            Refusal::new(
-                self.session.subject(),
-                format!("an output {name}"),
-                "none of that name",
-                "report this as a defect of mlac",
-            )
-        })?;
-        Ok(self.run(inputs)?.swap_remove(at))
-    }
 }
 
 /// These outputs of a layer of `config`, in f32. With attention the layer has a cache, so that windows go
