@@ -31,6 +31,7 @@ fn convert_to(checkpoint: &Checkpoint, output: &Path) {
         .map(|layer| LayerPlan { layer, ranks })
         .collect();
     let request = ConvertRequest {
+        gradients: None,
         refine: None,
         checkpoint,
         output,

@@ -15,6 +15,7 @@ pub mod allocate;
 mod attention;
 mod error;
 pub mod error_eval;
+pub mod gradient;
 mod layer;
 pub mod linalg;
 pub mod methods;

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{Case, gather, gqa, mla, random_layer, random_rows, relative, rng};
+use common::{Case, gather, gqa, mla, random_layer, random_matrix, random_rows, relative, rng};
 use mlac_converter::{
     LayerFactors, LayerStatistics, LayerWeights, MlaTensors, RankChoice, Recipe, StatisticsOptions,
     TransMla, compose, convert_layer, convert_layer_svd, convert_layer_transmla, prior_statistics,
@@ -98,10 +98,22 @@ fn full_rank_reproduces_scores_and_outputs() {
         let stats = statistics(&weights);
         let prior =
             prior_statistics(&weights, mlac_converter::DistancePrior::default()).expect("prior");
+        let mut with_gradients = stats.clone();
+        let root = random_matrix(&mut rng(6), shape.stacked_width(), 5, 1.0).cast::<f64>();
+        with_gradients.gradient = Some(root.times_transposed(&root));
         let results = [
             (
                 "recipe",
                 convert_layer(&weights, &stats, ranks, &Recipe::default()),
+            ),
+            (
+                "recipe with gradients",
+                convert_layer(
+                    &weights,
+                    &with_gradients,
+                    ranks,
+                    &Recipe::default().with_gradients(),
+                ),
             ),
             (
                 "recipe from weights",

@@ -163,9 +163,10 @@ impl<'a, R: Runner> Harness<'a, R> {
                 c.size.latent,
                 c.size.rotary,
                 c.seed,
-                c.without
-                    .as_ref()
-                    .map_or_else(String::new, |s| format!("-without-{s}"))
+                match c.without.as_slice() {
+                    [] => String::new(),
+                    steps => format!("-without-{}", steps.join("-")),
+                }
             ),
         };
         let commit: String = self

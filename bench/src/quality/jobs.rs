@@ -7,6 +7,12 @@ use super::request::{Method, Request, Size};
 /// The step that distributes a budget over the layers; given ranks leave it nothing to do.
 pub const ALLOCATION: &str = "allocation";
 
+/// The step whose result makes [`BALANCE`] needless.
+const GRADIENT: &str = "gradient";
+
+/// The step that searches the balance of keys and values.
+const BALANCE: &str = "balance";
+
 /// A conversion.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Conversion {
@@ -16,8 +22,8 @@ pub struct Conversion {
     pub size: Size,
     /// Which calibration windows.
     pub seed: u64,
-    /// The step of the recipe that is left out.
-    pub without: Option<String>,
+    /// The steps of the recipe that are left out.
+    pub without: Vec<String>,
 }
 
 impl Conversion {
@@ -27,16 +33,16 @@ impl Conversion {
             method,
             size,
             seed: request.seeds[0],
-            without: None,
+            without: Vec::new(),
         }
     }
 
     /// A name for people.
     pub fn label(&self) -> String {
-        let without = self
-            .without
-            .as_ref()
-            .map_or_else(String::new, |step| format!(" without {step}"));
+        let without = match self.without.as_slice() {
+            [] => String::new(),
+            steps => format!(" without {}", steps.join(" and ")),
+        };
         format!(
             "{} {}, seed {}{without}",
             self.method.name(),
@@ -107,7 +113,7 @@ impl Job {
     pub fn of(request: &Request, conversion: Conversion) -> Self {
         let compared = conversion.size == request.middle
             && conversion.seed == request.seeds[0]
-            && conversion.without.is_none()
+            && conversion.without.is_empty()
             && request.methods.contains(&conversion.method);
         Self {
             conversion: Some(conversion),
@@ -131,6 +137,16 @@ impl Job {
 /// Whether the ablation has a row for a step: with given ranks there is no budget to distribute.
 pub fn can_be_left_out(step: &str) -> bool {
     step != ALLOCATION
+}
+
+/// The steps that an ablation row leaves out for one: gradients tell the balance, so that it is searched, or
+/// not, only without them.
+fn left_out(step: &str) -> Vec<String> {
+    let steps = match step {
+        BALANCE => vec![GRADIENT, BALANCE],
+        step => vec![step],
+    };
+    steps.into_iter().map(str::to_owned).collect()
 }
 
 /// Everything the section needs, each job once: the original, the main table, seeds, steps left out.
@@ -200,7 +216,7 @@ pub fn ablation(request: &Request, size: Size, steps: &[&str]) -> Vec<Conversion
             .iter()
             .filter(|s| can_be_left_out(s))
             .map(|&step| Conversion {
-                without: Some(step.to_owned()),
+                without: left_out(step),
                 ..full.clone()
             }),
     );
@@ -261,8 +277,8 @@ pub fn convert_args(
             add("--calib-window", window.to_string());
         }
     }
-    if let Some(step) = &conversion.without {
-        args.push(format!("--steps=-{step}"));
+    if !conversion.without.is_empty() {
+        args.push(format!("--steps=-{}", conversion.without.join(",-")));
     }
     args.push("--json".to_owned());
     args
@@ -339,33 +355,33 @@ mod tests {
     #[test]
     fn commands_have_the_options_of_their_method() {
         let request = request("--seeds 5 --calib-window 64");
-        let args = |method, without: Option<&str>| {
+        let args = |method, without: &[&str]| {
             let conversion = Conversion {
-                without: without.map(str::to_owned),
+                without: without.iter().map(|&s| s.to_owned()).collect(),
                 ..Conversion::plain(&request, method, "128+64".parse().unwrap())
             };
             convert_args(&request, &conversion, 384, &names()).join(" ")
         };
         assert_eq!(
-            args(Method::Recipe, None),
+            args(Method::Recipe, &[]),
             "convert m -o o --calib c --budget 0.5 --calib-seed 5 --calib-window 64 --json"
         );
         assert_eq!(
-            args(Method::RecipeRefined, None),
+            args(Method::RecipeRefined, &[]),
             "convert m -o o --calib c --budget 0.5 --refine 200 --calib-seed 5 --calib-window 64 --json"
         );
         assert_eq!(
-            args(Method::RecipeUniform, Some("refit")),
+            args(Method::RecipeUniform, &["gradient", "balance"]),
             "convert m -o o --calib c --kv-lora-rank 128 --rope-dim 64 --calib-seed 5 --calib-window 64 \
-             --steps=-refit --json"
+             --steps=-gradient,-balance --json"
         );
         assert_eq!(
-            args(Method::Transmla, None),
+            args(Method::Transmla, &[]),
             "convert m -o o --calib c --method transmla --kv-lora-rank 128 --rope-dim 64 --calib-seed 5 \
              --calib-window 64 --json"
         );
         assert_eq!(
-            args(Method::Svd, None),
+            args(Method::Svd, &[]),
             "convert m -o o --calib none --method svd --kv-lora-rank 128 --rope-dim 64 --json"
         );
         assert_eq!(

@@ -66,6 +66,24 @@ impl RotationTable {
             out_b[l] = (b[l] * cos[l] + a[l] * sin[l]) * factor;
         }
     }
+
+    /// Turns one vector back, times `factor`: the transpose of [`Self::rotate`].
+    pub(crate) fn rotate_back(
+        &self,
+        input: &[f32],
+        output: &mut [f32],
+        position: usize,
+        factor: f32,
+    ) {
+        let h = self.half;
+        let (cos, sin) = self.at(position);
+        let (a, b) = input.split_at(h);
+        let (out_a, out_b) = output.split_at_mut(h);
+        for l in 0..h {
+            out_a[l] = (a[l] * cos[l] + b[l] * sin[l]) * factor;
+            out_b[l] = (b[l] * cos[l] - a[l] * sin[l]) * factor;
+        }
+    }
 }
 
 #[cfg(test)]

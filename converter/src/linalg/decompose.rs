@@ -8,7 +8,7 @@ use faer::linalg::householder;
 use faer::linalg::qr::no_pivoting::factor::{
     qr_in_place, qr_in_place_scratch, recommended_block_size,
 };
-use faer::linalg::solvers::Solve;
+use faer::linalg::solvers::{DenseSolveCore, Solve};
 use faer::traits::ComplexField;
 use faer::{Conj, Mat, MatRef, Par, Side, Spec, c64};
 
@@ -173,6 +173,15 @@ pub fn orthonormal_rows(e: &Matrix<f64>) -> (Matrix<f64>, Matrix<f64>) {
         MemStack::new(&mut MemBuffer::new(scratch)),
     );
     (lower, Matrix::from_view(q.as_ref().transpose()))
+}
+
+/// The inverse of a square matrix.
+pub fn inverse(matrix: &Matrix<f64>, what: &str) -> Result<Matrix<f64>, Error> {
+    let inverse = Matrix::from_view(matrix.view().partial_piv_lu().inverse().as_ref());
+    if inverse.is_finite() {
+        return Ok(inverse);
+    }
+    Err(numeric(what, "a matrix that can be inverted"))
 }
 
 /// Solves `(gram + ridge I) x = right` for a symmetric positive semi-definite `gram` `[n, n]` and

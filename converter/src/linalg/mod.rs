@@ -7,7 +7,7 @@ mod decompose;
 mod matrix;
 
 pub use decompose::{
-    Eigen, HermitianEigen, PsdRoots, hermitian_eigen, orthonormal_rows, psd_roots,
+    Eigen, HermitianEigen, PsdRoots, hermitian_eigen, inverse, orthonormal_rows, psd_roots,
     psd_roots_of_scale, ridge_solve, symmetric_eigen,
 };
 pub use matrix::{Element, Matrix, Threads, gemm, gram_accumulate};

@@ -60,6 +60,19 @@ impl Default for Recipe {
     }
 }
 
+impl Recipe {
+    /// The same in the metric of the model's loss, for statistics that have gradients. It knows how keys weigh
+    /// against values, so that there is no balance to search.
+    #[must_use]
+    pub fn with_gradients(self) -> Self {
+        Self {
+            metric: Metric::Gradient,
+            balance: Balance::Fixed(1.0),
+            ..self
+        }
+    }
+}
+
 /// Everything of a conversion that depends on `d_r` but not on r.
 #[derive(Debug, Clone)]
 pub(crate) struct Prepared {
@@ -163,7 +176,7 @@ pub fn convert_layer(
     let mut notes = gaps(statistics, ranks, &spectrum);
     if problem.floored() > 0 {
         notes.push(format!(
-            "{} directions of the output metric carry next to nothing and were floored",
+            "{} directions of the metric carry next to nothing and were floored",
             problem.floored()
         ));
     }

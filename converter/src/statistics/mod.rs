@@ -123,6 +123,9 @@ pub struct LayerStatistics {
     pub sensitive: f64,
     /// Per query head `[H]`.
     pub heads: Vec<HeadStatistics>,
+    /// Metric `[2*G*d, 2*G*d]` in which the model's loss sees errors of s ([`crate::gradient`]), where
+    /// gradients were taken.
+    pub gradient: Option<Matrix<f64>>,
     /// Windows on which errors are measured; empty when statistics come from weights alone.
     pub samples: Vec<WindowSample>,
     /// Largest magnitudes of queries, keys and values.
@@ -194,6 +197,7 @@ impl LayerStatistics {
             moment_sensitive: Matrix::zeros(width, width),
             sensitive: 0.0,
             heads,
+            gradient: None,
             samples: Vec::new(),
             largest: [0.0; 3],
             options,

@@ -18,6 +18,7 @@ use mlac_model::{Checkpoint, ModelConfig, Refusal};
 
 use super::calibrate::{gather, in_memory, layer_weights};
 use super::convert::{LayerPlan, converted_config};
+use super::gradients::Gradients;
 use super::store::Store;
 use super::streams::{GraphRunner, HiddenStates, numbers, taps};
 use super::subject::Head;
@@ -49,6 +50,8 @@ pub struct AllocateRequest<'a> {
     pub align: usize,
     /// The recipe.
     pub recipe: &'a Recipe,
+    /// Gradients of the model's loss, if they were taken.
+    pub gradients: Option<&'a Gradients>,
     /// Statistics.
     pub statistics: StatisticsOptions,
     /// Threads for ONNX Runtime.
@@ -112,6 +115,7 @@ fn measure(request: &AllocateRequest<'_>, progress: Progress) -> Result<Vec<Laye
                 checkpoint,
                 &weights,
                 &original,
+                request.gradients,
                 request.statistics,
                 &options,
             )?;

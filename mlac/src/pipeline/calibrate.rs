@@ -15,6 +15,7 @@ use mlac_graph::onnx::{MemoryWeights, Overlay};
 use mlac_model::{Checkpoint, MlaEncoder, ModelConfig};
 
 use super::convert::{LayerPlan, Method};
+use super::gradients::Gradients;
 use super::refine::{Converted, Refinement, fit_output};
 use super::refined_layers::Kept;
 use super::store::Store;
@@ -108,6 +109,8 @@ pub struct Walk<'a> {
     stream: Option<HiddenStates>,
     /// Gradient steps on the converted layers, if any.
     pub refinement: Option<Refinement<'a>>,
+    /// Gradients of the original model's loss, if they were taken.
+    pub gradients: Option<&'a Gradients>,
 }
 
 impl<'a> Walk<'a> {
@@ -130,6 +133,7 @@ impl<'a> Walk<'a> {
             original,
             stream: None,
             refinement: None,
+            gradients: None,
         })
     }
 
@@ -171,6 +175,7 @@ impl<'a> Walk<'a> {
             self.checkpoint,
             &weights,
             source,
+            self.gradients,
             self.statistics,
             &self.options,
         )?;
@@ -327,11 +332,13 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// Statistics of a layer: queries, keys and values of its original weights on `source`.
+/// Statistics of a layer: queries, keys and values of its original weights on `source`, and gradients where
+/// they were taken.
 pub fn gather(
     checkpoint: &Checkpoint,
     weights: &LayerWeights,
     source: &HiddenStates,
+    gradients: Option<&Gradients>,
     statistics: StatisticsOptions,
     options: &SessionOptions,
 ) -> Result<LayerStatistics, Error> {
@@ -350,6 +357,9 @@ pub fn gather(
             k: numbers(&out[1])?,
             v: numbers(&out[2])?,
         })?;
+    }
+    if let Some(gradients) = gradients {
+        sums.gradient = gradients.of(layer)?;
     }
     Ok(sums)
 }

@@ -21,6 +21,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::calibrate::{ConvertedLayer, Walk, convert_from_weights, tensor_name};
+use super::gradients::Gradients;
 use super::ranks::cache_plan;
 use super::refine::{RefineRequest, Refinement};
 use crate::error::Error;
@@ -107,6 +108,8 @@ pub struct ConvertRequest<'a> {
     pub max_shard: u64,
     /// Threads for ONNX Runtime.
     pub threads: usize,
+    /// Gradients of the model's loss, if they were taken.
+    pub gradients: Option<Gradients>,
     /// Gradient steps on the converted layers, if any.
     pub refine: Option<RefineRequest>,
 }
@@ -363,6 +366,7 @@ fn convert_layers(
         statistics,
         request.sequential,
     )?;
+    walk.gradients = request.gradients.as_ref();
     walk.refinement = match &request.refine {
         Some(refine) => {
             let foundation = foundation(request, chosen)?;

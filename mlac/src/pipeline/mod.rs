@@ -9,6 +9,7 @@ pub mod convert;
 pub mod evaluate;
 pub mod export;
 pub mod generate;
+pub mod gradients;
 pub mod ranks;
 pub mod refine;
 pub mod refined_layers;

@@ -10,7 +10,7 @@ use mlac_model::Refusal;
 use crate::error::Error;
 
 /// The steps that can be switched, with what they are.
-pub const STEPS: [(&str, &str); 11] = [
+pub const STEPS: [(&str, &str); 12] = [
     (
         "allocation",
         "ranks by layer where they lower the model's loss most (with --budget)",
@@ -22,9 +22,19 @@ pub const STEPS: [(&str, &str); 11] = [
         "queries",
         "heads weighted by how much their scores move the output",
     ),
-    ("metric", "low rank in the metric of scores and outputs"),
+    (
+        "metric",
+        "low rank in a metric of what keys and values do, not of themselves",
+    ),
+    (
+        "gradient",
+        "that metric from the gradients of the model's loss (not with experts), not from one layer's scores and outputs",
+    ),
     ("weights", "tokens weighted by the attention they receive"),
-    ("balance", "search for the balance of keys and values"),
+    (
+        "balance",
+        "search for the balance of keys and values, where no gradients tell it",
+    ),
     ("sequential", "statistics from the converted layers below"),
     ("refit", "ridge refit of the output projection"),
     (
@@ -40,6 +50,8 @@ pub struct Steps {
     pub recipe: Recipe,
     /// Whether statistics come from the converted layers below.
     pub sequential: bool,
+    /// Whether the metric is that of the loss's gradients, where they can be taken.
+    pub gradient: bool,
     /// Whether a budget is distributed over the layers by measured loss.
     pub allocation: bool,
 }
@@ -100,6 +112,7 @@ pub fn resolve(given: &[String]) -> Result<Steps, Error> {
     Ok(Steps {
         recipe,
         sequential: runs("sequential"),
+        gradient: runs("metric") && runs("gradient"),
         allocation: runs("allocation"),
     })
 }

@@ -101,16 +101,17 @@ impl<R: Runner> Results<'_, R> {
         let rows: Vec<Vec<String>> = all
             .iter()
             .map(|conversion| {
-                let (name, about) = match (&conversion.without, conversion.method) {
-                    (Some(step), _) => {
+                let (name, about) = match (conversion.without.as_slice(), conversion.method) {
+                    ([.., step], _) => {
                         let about = self.steps.iter().find(|(name, _)| name == step);
-                        (format!("`{step}`"), about.map_or("", |(_, about)| *about))
+                        let names = conversion.without.join("`, `");
+                        (format!("`{names}`"), about.map_or("", |(_, about)| *about))
                     }
-                    (None, Method::Recipe) => (
+                    ([], Method::Recipe) => (
                         "nothing".to_owned(),
                         "budget distributed over the layers (`--budget`)",
                     ),
-                    (None, _) => ("nothing".to_owned(), "the same ranks in every layer"),
+                    ([], _) => ("nothing".to_owned(), "the same ranks in every layer"),
                 };
                 let ratio = self.main_ratio(conversion);
                 let mut row = vec![name, about.to_owned(), cell(&ratio)];

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use mlac_converter::{Budget, Recipe, RefineOptions};
+use mlac_engines::ort::SessionOptions;
 use mlac_model::{Checkpoint, Dtype, Refusal};
 
 use super::Context;
@@ -16,6 +17,7 @@ use crate::pipeline::convert::{
     Calibration, ConvertRequest, LayerPlan, Method, Record, convert, read_windows,
     statistics_options,
 };
+use crate::pipeline::gradients::{Gradients, has_backward, take};
 use crate::pipeline::ranks::cache_plan;
 use crate::pipeline::refine::RefineRequest;
 use crate::pipeline::refined_layers::remove;
@@ -23,9 +25,18 @@ use crate::pipeline::{allocate, steps};
 use crate::report::data::HEADLINE_CONTEXT;
 use crate::staging::beside;
 
-/// The method, whether calibration is sequential, and whether a budget is distributed by measured
-/// loss.
-fn method(args: &CalibArgs) -> Result<(Method, bool, bool), Error> {
+/// How the options convert a layer, and what surrounds it.
+struct Chosen {
+    method: Method,
+    /// Whether calibration is sequential.
+    sequential: bool,
+    /// Whether the recipe wants the gradients of the loss.
+    gradient: bool,
+    /// Whether a budget is distributed by measured loss.
+    allocation: bool,
+}
+
+fn method(args: &CalibArgs) -> Result<Chosen, Error> {
     let steps = steps::resolve(&args.steps)?;
     if !args.steps.is_empty() && args.method != MethodArg::Recipe {
         return Err(Refusal::new(
@@ -36,20 +47,23 @@ fn method(args: &CalibArgs) -> Result<(Method, bool, bool), Error> {
         )
         .into());
     }
+    let plain = |method| Chosen {
+        method,
+        sequential: false,
+        gradient: false,
+        allocation: false,
+    };
     Ok(match args.method {
-        MethodArg::Recipe => (
-            Method::Recipe(steps.recipe),
-            steps.sequential,
-            steps.allocation,
-        ),
-        MethodArg::Transmla => (
-            Method::TransMla(mlac_converter::TransMla {
-                freqfold: args.freqfold,
-            }),
-            false,
-            false,
-        ),
-        MethodArg::Svd => (Method::Svd, false, false),
+        MethodArg::Recipe => Chosen {
+            method: Method::Recipe(steps.recipe),
+            sequential: steps.sequential,
+            gradient: steps.gradient,
+            allocation: steps.allocation,
+        },
+        MethodArg::Transmla => plain(Method::TransMla(mlac_converter::TransMla {
+            freqfold: args.freqfold,
+        })),
+        MethodArg::Svd => plain(Method::Svd),
     })
 }
 
@@ -96,17 +110,27 @@ pub(super) fn convert_request<'a>(
 ) -> Result<ConvertRequest<'a>, Error> {
     let wanted = request(ranks, checkpoint)?;
     let (even, _) = wanted.plan(checkpoint.config())?;
-    let (method, sequential, allocation) = method(calib)?;
+    let mut chosen = method(calib)?;
     let calibration = calibration(calib, wanted.budget)?;
     let refine = refinement(calib, &calibration, finally)?;
-    let layers = match (&method, wanted.budget) {
-        (Method::Recipe(recipe), Budget::Fraction(fraction)) if allocation && fraction < 1.0 => {
+    let gradients = if chosen.gradient {
+        gradients(checkpoint, &calibration, &even, context)?
+    } else {
+        None
+    };
+    if let (Method::Recipe(recipe), Some(_)) = (&mut chosen.method, &gradients) {
+        *recipe = recipe.clone().with_gradients();
+    }
+    let layers = match (&chosen.method, wanted.budget) {
+        (Method::Recipe(recipe), Budget::Fraction(fraction))
+            if chosen.allocation && fraction < 1.0 =>
+        {
             distribute(
                 checkpoint,
                 &calibration,
                 &even,
                 fraction,
-                recipe,
+                (recipe, gradients.as_ref()),
                 wanted.align,
                 context,
             )?
@@ -117,14 +141,48 @@ pub(super) fn convert_request<'a>(
         checkpoint,
         output,
         layers,
-        method,
-        sequential,
+        method: chosen.method,
+        sequential: chosen.sequential,
         calibration,
         dtype: model_dtype(dtype),
         max_shard,
         threads: context.threads,
+        gradients,
         refine,
     })
+}
+
+/// Gradients of the original model's loss, where there is a text to take them on and a backward pass.
+fn gradients(
+    checkpoint: &Checkpoint,
+    calibration: &Calibration,
+    layers: &[LayerPlan],
+    context: Context,
+) -> Result<Option<Gradients>, Error> {
+    let Calibration::Text { seed, .. } = *calibration else {
+        return Ok(None);
+    };
+    if !has_backward(checkpoint.config()) {
+        context.progress.note(
+            "low rank in the metric of scores and outputs: gradients do not go through experts",
+        );
+        return Ok(None);
+    }
+    let Some(chosen) = read_windows(checkpoint, calibration)? else {
+        return Ok(None);
+    };
+    let layers: Vec<usize> = layers.iter().map(|p| p.layer).collect();
+    let options = SessionOptions::default().with_threads(context.threads);
+    let windows = chosen.slices();
+    let found = take(
+        checkpoint,
+        &windows,
+        &layers,
+        seed,
+        &options,
+        context.progress,
+    )?;
+    Ok(Some(found))
 }
 
 /// Gradient steps, if any were asked for; `output`: the folder that the command leaves.
@@ -174,7 +232,7 @@ fn distribute(
     calibration: &Calibration,
     even: &[LayerPlan],
     fraction: f64,
-    recipe: &Recipe,
+    (recipe, gradients): (&Recipe, Option<&Gradients>),
     align: usize,
     context: Context,
 ) -> Result<Vec<LayerPlan>, Error> {
@@ -191,6 +249,7 @@ fn distribute(
         even,
         budget: (fraction * whole as f64 + 1e-9).floor() as usize,
         recipe,
+        gradients,
         align,
         statistics: statistics_options(calibration),
         threads: context.threads,
