@@ -8,6 +8,9 @@ pub enum Error {
     /// The input is not what the conversion needs.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// Weights could not be read.
+    #[error(transparent)]
+    Weights(#[from] mlac_model::Error),
     /// candle could not compute a gradient step.
     #[error("gradient steps of the refinement failed")]
     Gradient(#[from] candle_core::Error),

@@ -172,7 +172,9 @@ fn wrong_ranks_and_methods_are_refused() {
         let result = convert_layer(&weights, &stats, ranks(r, d_r), &Recipe::default());
         match result.expect_err("refused") {
             mlac_converter::Error::Refused(Refusal { subject, .. }) => subject,
-            other @ mlac_converter::Error::Gradient(_) => panic!("another error: {other}"),
+            other @ (mlac_converter::Error::Weights(_) | mlac_converter::Error::Gradient(_)) => {
+                panic!("another error: {other}")
+            }
         }
     };
     assert_eq!(refused(8, 3), "qk_rope_head_dim");

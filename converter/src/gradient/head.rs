@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::dense::{norm_backward, norm_rows};
+use super::rows::{norm_backward, norm_rows};
 use crate::error::{Error, refuse};
 use crate::linalg::Matrix;
 use crate::statistics::split_mix;

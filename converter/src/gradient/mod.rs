@@ -8,17 +8,22 @@
 //! cancel, and which directions of the residual stream later layers read. As in K-FAC (Martens and Grosse
 //! 2015, arXiv 1503.05671) directions and tokens are taken apart.
 //!
-//! [`head_gradient`] starts at the logits, [`DenseLayer::backward`] goes down one layer, a token window
+//! [`head_gradient`] starts at the logits, [`DecoderLayer::backward`] goes down one layer, a token window
 //! at a time; nothing of a layer is kept but sums. Labels are drawn from the model's own predictions, so
 //! the text's labels are not needed and not learnt.
 
 mod attention;
-mod dense;
+mod experts;
+mod gated;
 mod head;
+mod layer;
 mod metric;
+mod rows;
 #[cfg(test)]
 mod tests;
 
-pub use dense::{DenseLayer, LayerGradients};
+pub use experts::{Expert, Experts};
+pub use gated::GatedMlp;
 pub use head::head_gradient;
+pub use layer::{DecoderLayer, LayerGradients, Mlp};
 pub use metric::TokenGradients;

@@ -35,7 +35,97 @@ impl Random {
     }
 }
 
-fn layer(seed: u64, bias: bool, head_norm: bool, window: Option<usize>, sinks: bool) -> DenseLayer {
+/// The MLP of a random layer.
+enum Block {
+    Gated(GatedMlp),
+    /// Router and experts.
+    Mixture(Projection, Vec<Expert>),
+}
+
+const PER_TOKEN: usize = 2;
+const LIMIT: f64 = 1.5;
+const ALPHA: f64 = 1.702;
+
+impl Block {
+    fn backward(&self, layer: &DecoderLayer, of: [&Matrix<f32>; 3]) -> LayerGradients {
+        let [hidden, attended, gradient] = of;
+        match self {
+            Self::Gated(mlp) => layer.backward(hidden, attended, mlp, gradient),
+            Self::Mixture(router, experts) => {
+                let experts = Experts {
+                    router: router.clone(),
+                    experts_per_token: PER_TOKEN,
+                    limit: LIMIT as f32,
+                    alpha: ALPHA as f32,
+                    load: |e: usize| Ok(experts[e].clone()),
+                };
+                layer.backward(hidden, attended, &experts, gradient)
+            }
+        }
+        .unwrap()
+    }
+
+    fn naive(&self, x: &[f64]) -> Vec<f64> {
+        match self {
+            Self::Gated(mlp) => {
+                let gate = naive_linear(x, &mlp.gate);
+                let up = naive_linear(x, &mlp.up);
+                let inner: Vec<f64> = gate
+                    .iter()
+                    .zip(&up)
+                    .map(|(g, u)| g / (1.0 + (-g).exp()) * u)
+                    .collect();
+                naive_linear(&inner, &mlp.down)
+            }
+            Self::Mixture(router, experts) => {
+                let logits = naive_linear(x, router);
+                let mut order: Vec<usize> = (0..logits.len()).collect();
+                order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]));
+                order.truncate(PER_TOKEN);
+                let total: f64 = order.iter().map(|&e| logits[e].exp()).sum();
+                let mut out = vec![0.0; x.len()];
+                for e in order {
+                    let both = naive_linear(x, &experts[e].gate_up);
+                    let inner: Vec<f64> = both
+                        .chunks(2)
+                        .map(|pair| {
+                            let gate = pair[0].min(LIMIT);
+                            let up = pair[1].clamp(-LIMIT, LIMIT);
+                            (up + 1.0) * gate / (1.0 + (-ALPHA * gate).exp())
+                        })
+                        .collect();
+                    for (sum, y) in out.iter_mut().zip(naive_linear(&inner, &experts[e].down)) {
+                        *sum += logits[e].exp() / total * y;
+                    }
+                }
+                out
+            }
+        }
+    }
+}
+
+/// What a random layer has.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is a part of some layers"
+)]
+#[derive(Clone, Copy, Default)]
+struct Kind {
+    bias: bool,
+    head_norm: bool,
+    window: Option<usize>,
+    sinks: bool,
+    experts: bool,
+}
+
+fn layer(seed: u64, kind: Kind) -> (DecoderLayer, Block) {
+    let Kind {
+        bias,
+        head_norm,
+        window,
+        sinks,
+        experts,
+    } = kind;
     let mut random = Random(seed);
     let shape = AttentionShape {
         hidden: 12,
@@ -54,7 +144,7 @@ fn layer(seed: u64, bias: bool, head_norm: bool, window: Option<usize>, sinks: b
         sliding_window: window,
         sinks: sinks.then(|| random.vector(shape.query_heads, 2.0)),
     };
-    DenseLayer {
+    let layer = DecoderLayer {
         attention: LayerWeights {
             layer: 0,
             attention,
@@ -72,11 +162,23 @@ fn layer(seed: u64, bias: bool, head_norm: bool, window: Option<usize>, sinks: b
             k_norm: head_norm.then(|| random.norm(d)),
         },
         post_norm: random.norm(hidden),
-        gate: random.projection(inner, hidden, bias),
-        up: random.projection(inner, hidden, bias),
-        down: random.projection(hidden, inner, bias),
         epsilon: EPSILON as f32,
-    }
+    };
+    let block = if experts {
+        let all = (0..5).map(|_| Expert {
+            gate_up: random.projection(2 * inner, hidden, true),
+            down: random.projection(hidden, inner, true),
+        });
+        let all = all.collect();
+        Block::Mixture(random.projection(5, hidden, true), all)
+    } else {
+        Block::Gated(GatedMlp {
+            gate: random.projection(inner, hidden, bias),
+            up: random.projection(inner, hidden, bias),
+            down: random.projection(hidden, inner, bias),
+        })
+    };
+    (layer, block)
 }
 
 /// Rows of f64 numbers.
@@ -119,7 +221,7 @@ fn naive_rotate(x: &[f64], inv_freq: &[f32], position: usize) -> Vec<f64> {
 }
 
 /// What attention adds to `hidden` when `shift` is added to the stacked vectors.
-fn naive_attended(layer: &DenseLayer, hidden: &Rows, shift: &Rows) -> Rows {
+fn naive_attended(layer: &DecoderLayer, hidden: &Rows, shift: &Rows) -> Rows {
     let weights = &layer.attention;
     let attention = &weights.attention;
     let AttentionShape {
@@ -179,7 +281,7 @@ fn naive_attended(layer: &DenseLayer, hidden: &Rows, shift: &Rows) -> Rows {
         .collect()
 }
 
-fn naive_layer(layer: &DenseLayer, hidden: &Rows, shift: &Rows) -> Rows {
+fn naive_layer(layer: &DecoderLayer, block: &Block, hidden: &Rows, shift: &Rows) -> Rows {
     let attended = naive_attended(layer, hidden, shift);
     hidden
         .iter()
@@ -187,14 +289,7 @@ fn naive_layer(layer: &DenseLayer, hidden: &Rows, shift: &Rows) -> Rows {
         .map(|(x, a)| {
             let after: Vec<f64> = x.iter().zip(a).map(|(x, a)| x + a).collect();
             let normed = naive_norm(&after, &layer.post_norm);
-            let gate = naive_linear(&normed, &layer.gate);
-            let up = naive_linear(&normed, &layer.up);
-            let inner: Vec<f64> = gate
-                .iter()
-                .zip(&up)
-                .map(|(g, u)| g / (1.0 + (-g).exp()) * u)
-                .collect();
-            let down = naive_linear(&inner, &layer.down);
+            let down = block.naive(&normed);
             after.iter().zip(&down).map(|(x, y)| x + y).collect()
         })
         .collect()
@@ -211,13 +306,43 @@ fn inner(a: &Rows, b: &Rows) -> f64 {
 /// Every derivative of `sum gradient o layer(hidden)` against central differences in f64.
 #[test]
 fn derivatives_are_those_of_the_layer() {
-    for (seed, bias, head_norm, window, sinks) in [
-        (1, false, false, None, false),
-        (2, true, false, Some(3), false),
-        (3, false, true, None, false),
-        (4, true, false, None, true),
+    let plain = Kind::default();
+    for (seed, kind) in [
+        (1, plain),
+        (
+            2,
+            Kind {
+                bias: true,
+                window: Some(3),
+                ..plain
+            },
+        ),
+        (
+            3,
+            Kind {
+                head_norm: true,
+                ..plain
+            },
+        ),
+        (
+            4,
+            Kind {
+                bias: true,
+                sinks: true,
+                experts: true,
+                ..plain
+            },
+        ),
+        (
+            5,
+            Kind {
+                experts: true,
+                window: Some(4),
+                ..plain
+            },
+        ),
     ] {
-        let layer = layer(seed, bias, head_norm, window, sinks);
+        let (layer, block) = layer(seed, kind);
         let mut random = Random(100 + seed);
         let tokens = 7;
         let hidden = random.matrix(tokens, 12, 2.0);
@@ -225,7 +350,7 @@ fn derivatives_are_those_of_the_layer() {
         let zero = vec![vec![0.0; 24]; tokens];
         let attended = naive_attended(&layer, &rows(&hidden), &zero);
         let attended = Matrix::from_fn(tokens, 12, |t, i| attended[t][i] as f32);
-        let found = layer.backward(&hidden, &attended, &gradient).unwrap();
+        let found = block.backward(&layer, [&hidden, &attended, &gradient]);
 
         let (x, g) = (rows(&hidden), rows(&gradient));
         let derivative = |of: &dyn Fn(f64) -> Rows| {
@@ -238,7 +363,7 @@ fn derivatives_are_those_of_the_layer() {
                 let expected = derivative(&|step| {
                     let mut shift = zero.clone();
                     shift[t][i] = step;
-                    naive_layer(&layer, &x, &shift)
+                    naive_layer(&layer, &block, &x, &shift)
                 });
                 largest = largest.max(expected.abs());
                 near(
@@ -252,7 +377,7 @@ fn derivatives_are_those_of_the_layer() {
                 let expected = derivative(&|step| {
                     let mut x = x.clone();
                     x[t][i] += step;
-                    naive_layer(&layer, &x, &zero)
+                    naive_layer(&layer, &block, &x, &zero)
                 });
                 near(
                     f64::from(found.input[(t, i)]),

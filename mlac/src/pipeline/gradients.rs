@@ -6,11 +6,13 @@
 
 use std::collections::BTreeMap;
 
-use mlac_converter::gradient::{DenseLayer, TokenGradients, head_gradient};
+use mlac_converter::gradient::{
+    DecoderLayer, Expert, Experts, GatedMlp, Mlp, TokenGradients, head_gradient,
+};
 use mlac_converter::{AttentionShape, Matrix, Projection};
 use mlac_engines::ort::SessionOptions;
 use mlac_graph::builders::{Tap, layer_graph};
-use mlac_model::{Checkpoint, ModelConfig};
+use mlac_model::{Checkpoint, ExpertFormat, ModelConfig, MoeConfig};
 
 use super::calibrate::layer_weights;
 use super::store::Store;
@@ -48,12 +50,7 @@ impl Gradients {
     }
 }
 
-/// Whether there is a backward pass for the model: not through experts.
-pub fn has_backward(config: &ModelConfig) -> bool {
-    config.moe.is_none()
-}
-
-/// Takes the gradients of a dense model at the layers `wanted`; one step down is one layer.
+/// Takes the gradients of a model at the layers `wanted`; one step down is one layer.
 pub fn take(
     checkpoint: &Checkpoint,
     windows: &[&[u32]],
@@ -104,7 +101,8 @@ fn down(
     passed: &Passed,
     gradients: &mut [Matrix<f32>],
 ) -> Result<TokenGradients, Error> {
-    let weights = dense_layer(checkpoint, layer)?;
+    let weights = decoder_layer(checkpoint, layer)?;
+    let mlp = mlp(checkpoint, layer)?;
     let mut tokens = TokenGradients::default();
     for (i, gradient) in gradients.iter_mut().enumerate() {
         let states = |store: &Store| -> Result<Matrix<f32>, Error> {
@@ -112,7 +110,7 @@ fn down(
             Ok(Matrix::from_vec(gradient.rows(), gradient.cols(), rows))
         };
         let (input, attended) = (states(&passed.input)?, states(&passed.attended)?);
-        let back = weights.backward(&input, &attended, gradient)?;
+        let back = weights.backward(&input, &attended, &*mlp, gradient)?;
         tokens.push(back.stacked, back.stacked_gradient)?;
         *gradient = back.input;
     }
@@ -178,30 +176,84 @@ fn at_the_head(
         .collect()
 }
 
-/// The weights of a layer without experts.
-fn dense_layer(checkpoint: &Checkpoint, layer: usize) -> Result<DenseLayer, Error> {
+/// The weights of a layer but for its MLP.
+fn decoder_layer(checkpoint: &Checkpoint, layer: usize) -> Result<DecoderLayer, Error> {
+    let config = checkpoint.config();
+    let norm = format!("model.layers.{layer}.post_attention_layernorm.weight");
+    Ok(DecoderLayer {
+        attention: layer_weights(checkpoint, layer)?,
+        post_norm: checkpoint.f32(&norm, &[config.hidden_size])?,
+        epsilon: config.rms_norm_eps as f32,
+    })
+}
+
+/// The layer's MLP; of experts only the router, they are read one at a time.
+fn mlp(checkpoint: &Checkpoint, layer: usize) -> Result<Box<dyn Mlp + '_>, Error> {
     let config = checkpoint.config();
     let (hidden, inner) = (config.hidden_size, config.intermediate_size);
-    let projection = |name: &str, out: usize, width: usize| -> Result<Projection, Error> {
-        let tensor = format!("model.layers.{layer}.mlp.{name}_proj");
+    let prefix = format!("model.layers.{layer}.mlp");
+    let projection = |name: &str, out: usize, width: usize, bias: bool| {
+        let tensor = format!("{prefix}.{name}");
         let data = checkpoint.f32(&format!("{tensor}.weight"), &[out, width])?;
-        let bias = config
-            .mlp_bias
+        let bias = bias
             .then(|| checkpoint.f32(&format!("{tensor}.bias"), &[out]))
             .transpose()?;
-        Ok(Projection {
+        Ok::<_, Error>(Projection {
             weight: Matrix::from_vec(out, width, data),
             bias,
         })
     };
-    let norm = format!("model.layers.{layer}.post_attention_layernorm.weight");
-    Ok(DenseLayer {
-        attention: layer_weights(checkpoint, layer)?,
-        post_norm: checkpoint.f32(&norm, &[hidden])?,
-        gate: projection("gate", inner, hidden)?,
-        up: projection("up", inner, hidden)?,
-        down: projection("down", hidden, inner)?,
-        epsilon: config.rms_norm_eps as f32,
+    let Some(moe) = config.moe else {
+        let bias = config.mlp_bias;
+        return Ok(Box::new(GatedMlp {
+            gate: projection("gate_proj", inner, hidden, bias)?,
+            up: projection("up_proj", inner, hidden, bias)?,
+            down: projection("down_proj", hidden, inner, bias)?,
+        }));
+    };
+    let router = projection("router", moe.num_experts, hidden, true)?;
+    Ok(Box::new(Experts {
+        router,
+        experts_per_token: moe.experts_per_token,
+        limit: moe.swiglu_limit as f32,
+        alpha: moe.swiglu_alpha as f32,
+        load: move |expert| {
+            let read = |name: &str, out: usize, width: usize| {
+                let tensor = format!("{prefix}.experts.{name}");
+                expert_projection(checkpoint, &moe, &tensor, [out, width], expert)
+            };
+            Ok(Expert {
+                gate_up: read("gate_up_proj", 2 * inner, hidden)?,
+                down: read("down_proj", hidden, inner)?,
+            })
+        },
+    }))
+}
+
+/// One expert's projection `[out, in]` with its bias.
+fn expert_projection(
+    checkpoint: &Checkpoint,
+    moe: &MoeConfig,
+    tensor: &str,
+    [out, width]: [usize; 2],
+    expert: usize,
+) -> Result<Projection, mlac_model::Error> {
+    let (count, this) = (moe.num_experts, expert..expert + 1);
+    let weight = match moe.format {
+        ExpertFormat::Mxfp4 => Matrix::from_vec(
+            out,
+            width,
+            checkpoint.mxfp4_rows(tensor, &[count, out, width], this.clone())?,
+        ),
+        ExpertFormat::Dense => {
+            let data = checkpoint.f32_rows(tensor, &[count, width, out], this.clone())?;
+            Matrix::from_vec(width, out, data).transpose()
+        }
+    };
+    let bias = checkpoint.f32_rows(&format!("{tensor}_bias"), &[count, out], this)?;
+    Ok(Projection {
+        weight,
+        bias: Some(bias),
     })
 }
 
@@ -223,6 +275,8 @@ mod tests {
             "qwen2_window",
             "qwen3_bias_window_yarn",
             "mistral_window",
+            "gpt_oss_dense",
+            "gpt_oss_mxfp4",
         ] {
             let checkpoint = Checkpoint::open(fixtures.join(name)).unwrap();
             let config = checkpoint.config();

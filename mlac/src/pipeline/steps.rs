@@ -28,7 +28,7 @@ pub const STEPS: [(&str, &str); 12] = [
     ),
     (
         "gradient",
-        "that metric from the gradients of the model's loss (not with experts), not from one layer's scores and outputs",
+        "that metric from the gradients of the model's loss, not from one layer's scores and outputs",
     ),
     ("weights", "tokens weighted by the attention they receive"),
     (

@@ -30,6 +30,7 @@ use self::{gguf::Gguf, safetensors::Shards};
 use crate::{
     Dtype, Error, ModelConfig, TensorInfo, Tokenizer,
     config::token_ids,
+    mxfp4,
     tensor::{check_finite_from, f32_into, shape_text},
 };
 
@@ -319,6 +320,47 @@ impl Checkpoint {
             f32_into(info.dtype, bytes, part);
         }
         check_finite_from(&self.subject(name), &info.shape, first, &numbers)?;
+        Ok(numbers)
+    }
+
+    /// The numbers of some entries along the first axis of a stack `[E, out, in]` that lies as MXFP4 in
+    /// `{name}_blocks` U8 `[E, out, in / 32, 16]` and `{name}_scales` U8 `[E, out, in / 32]`.
+    ///
+    /// Refuses other shapes and types, entries that the stack does not have, and what [`mxfp4::decode`] refuses.
+    pub fn mxfp4_rows(
+        &self,
+        name: &str,
+        expected_shape: &[usize; 3],
+        rows: Range<usize>,
+    ) -> Result<Vec<f32>, Error> {
+        let &[count, out, width] = expected_shape;
+        let blocks = width / mxfp4::BLOCK;
+        let read = |name: &str, shape: &[usize]| -> Result<Vec<u8>, Error> {
+            let info = self.info(name)?;
+            if info.shape != shape || info.dtype != Dtype::U8 || rows.end > count {
+                return Err(Error::refusal(
+                    self.subject(name),
+                    format!("U8 of shape {}, with entries {rows:?}", shape_text(shape)),
+                    format!(
+                        "{} of shape {}",
+                        info.dtype.safetensors_name(),
+                        shape_text(&info.shape)
+                    ),
+                    "check that config.json belongs to these weights",
+                ));
+            }
+            let entry: usize = shape[1..].iter().product();
+            let mut bytes = vec![0; rows.len() * entry];
+            self.reader(name)?.read_at(rows.start * entry, &mut bytes)?;
+            Ok(bytes)
+        };
+        let packed = read(
+            &format!("{name}_blocks"),
+            &[count, out, blocks, mxfp4::BLOCK_BYTES],
+        )?;
+        let scales = read(&format!("{name}_scales"), &[count, out, blocks])?;
+        let mut numbers = vec![0.0; scales.len() * mxfp4::BLOCK];
+        mxfp4::decode(&packed, &scales, &mut numbers)?;
         Ok(numbers)
     }
 

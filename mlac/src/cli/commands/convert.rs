@@ -17,7 +17,7 @@ use crate::pipeline::convert::{
     Calibration, ConvertRequest, LayerPlan, Method, Record, convert, read_windows,
     statistics_options,
 };
-use crate::pipeline::gradients::{Gradients, has_backward, take};
+use crate::pipeline::gradients::{Gradients, take};
 use crate::pipeline::ranks::cache_plan;
 use crate::pipeline::refine::RefineRequest;
 use crate::pipeline::refined_layers::remove;
@@ -152,7 +152,7 @@ pub(super) fn convert_request<'a>(
     })
 }
 
-/// Gradients of the original model's loss, where there is a text to take them on and a backward pass.
+/// Gradients of the original model's loss, where there is a text to take them on.
 fn gradients(
     checkpoint: &Checkpoint,
     calibration: &Calibration,
@@ -162,12 +162,6 @@ fn gradients(
     let Calibration::Text { seed, .. } = *calibration else {
         return Ok(None);
     };
-    if !has_backward(checkpoint.config()) {
-        context.progress.note(
-            "low rank in the metric of scores and outputs: gradients do not go through experts",
-        );
-        return Ok(None);
-    }
     let Some(chosen) = read_windows(checkpoint, calibration)? else {
         return Ok(None);
     };

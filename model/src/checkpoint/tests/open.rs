@@ -1,4 +1,4 @@
-use std::fs;
+use std::{fs, path::Path};
 
 use serde_json::{Value, json};
 
@@ -7,7 +7,7 @@ use super::{
     write_checkpoint,
 };
 use crate::{
-    Checkpoint, Dtype, MlaConfig, MlaEncoder, MlaLayer, TensorInfo, config::mla_config_json,
+    Checkpoint, Dtype, MlaConfig, MlaEncoder, MlaLayer, TensorInfo, config::mla_config_json, mxfp4,
     tensor::shape_text,
 };
 
@@ -122,6 +122,30 @@ fn reading_refuses_wrong_requests() {
     );
     let message = refusal(checkpoint.bytes("model.norm.bias"));
     assert!(message.contains("tensor model.norm.bias"), "{message}");
+}
+
+#[test]
+fn experts_are_decoded_one_by_one() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/fixtures/gpt_oss_mxfp4");
+    let checkpoint = Checkpoint::open(folder).unwrap();
+    let name = "model.layers.0.mlp.experts.down_proj";
+    let scales = checkpoint.bytes(&format!("{name}_scales")).unwrap();
+    let blocks = checkpoint.bytes(&format!("{name}_blocks")).unwrap();
+    let mut all = vec![0.0; scales.len() * mxfp4::BLOCK];
+    mxfp4::decode(&blocks, &scales, &mut all).unwrap();
+    let stored = &checkpoint.info(&format!("{name}_scales")).unwrap().shape;
+    let shape = [stored[0], stored[1], stored[2] * mxfp4::BLOCK];
+    for (expert, expected) in all.chunks(shape[1] * shape[2]).enumerate() {
+        let found = checkpoint
+            .mxfp4_rows(name, &shape, expert..expert + 1)
+            .unwrap();
+        assert_eq!(found, expected, "expert {expert}");
+    }
+    let beyond = checkpoint.mxfp4_rows(name, &shape, shape[0]..shape[0] + 1);
+    assert!(beyond.unwrap_err().to_string().contains("entries"));
+    let wider = [shape[0], shape[1], shape[2] + mxfp4::BLOCK];
+    assert!(checkpoint.mxfp4_rows(name, &wider, 0..1).is_err());
+    assert!(checkpoint.mxfp4_rows("model.norm", &shape, 0..1).is_err());
 }
 
 #[test]
