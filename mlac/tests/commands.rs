@@ -408,6 +408,12 @@ fn stream_distance(bench: &Bench, output: &str, steps: &str) -> f64 {
     bench.run(&args).succeeds();
     let bytes = fs::read(bench.path(output).join("mlac.json")).expect("a file of the test");
     let record: serde_json::Value = serde_json::from_slice(&bytes).expect("a file of the test");
+    let metric = if steps.contains("gradient") {
+        "Output"
+    } else {
+        "Gradient"
+    };
+    assert_eq!(record["recipe"]["metric"], metric, "{steps}");
     let layers = record["layers"].as_array().expect("layers");
     assert!(layers.len() > 1, "nothing to make up for in one layer");
     layers[layers.len() - 1]["stream_error"]
@@ -419,8 +425,13 @@ fn stream_distance(bench: &Bench, output: &str, steps: &str) -> f64 {
 fn compensation_keeps_the_streams_together() {
     for name in ["llama_tied_bias", "qwen2_bias", "gpt_oss_dense"] {
         let bench = Bench::with(name);
-        let with = stream_distance(&bench, "with", "--steps=-allocation");
-        let without = stream_distance(&bench, "without", "--steps=-compensation");
+        let with = stream_distance(&bench, "with", "--steps=-gradient");
+        let without = stream_distance(&bench, "without", "--steps=-gradient,-compensation");
         assert!(with < without, "{name}: {with} with, {without} without");
+        let by_gradients = stream_distance(&bench, "gradients", "--steps=-allocation");
+        assert!(
+            (by_gradients - with).abs() > 1e-6,
+            "{name}: the metric changes nothing"
+        );
     }
 }
