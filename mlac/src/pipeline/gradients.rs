@@ -1,8 +1,8 @@
 //! A walk down the original model: what the loss feels of every layer's keys and values.
 //!
 //! Up once in ONNX Runtime, keeping every layer's input and what its attention adds; then down from the
-//! logits through the converter's backward passes. One layer's weights are in memory at a time, the
-//! kept states in temporary files where they are large (`2 * layers * windows * window * hidden * 4` bytes).
+//! logits through the converter's backward passes. One layer's weights are in memory at a time; the
+//! kept states are in unnamed files (`2 * layers * windows * window * hidden * 4` bytes).
 
 use std::collections::BTreeMap;
 
@@ -134,10 +134,14 @@ fn up(
     let wanted = taps(config, &[Tap::HiddenOut, Tap::AttnOut]);
     let graph = layer_graph(config, layer, &wanted)?;
     let mut runner = GraphRunner::open(&format!("layer {layer}"), &graph, checkpoint, options)?;
-    let input = states.windows.copy()?;
-    let shape = [1, states.tokens, config.hidden_size];
-    let mut attended = Store::new(input.count(), &shape)?;
-    for i in 0..input.count() {
+    let (count, shape) = (
+        states.windows.count(),
+        [1, states.tokens, config.hidden_size],
+    );
+    let mut input = Store::in_file(count, &shape)?;
+    let mut attended = Store::in_file(count, &shape)?;
+    for i in 0..count {
+        input.push(states.windows.get(i)?)?;
         let mut out = states.run(&mut runner, i)?;
         attended.push(out.remove(1))?;
         states.windows.set(i, out.remove(0))?;

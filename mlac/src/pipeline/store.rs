@@ -32,6 +32,11 @@ impl Store {
         Self::bounded(count, shape, IN_MEMORY)
     }
 
+    /// The same in a file, however few they are: for sets of which there is one a layer.
+    pub fn in_file(count: usize, shape: &[usize]) -> Result<Self, Error> {
+        Self::bounded(count, shape, 0)
+    }
+
     fn bounded(count: usize, shape: &[usize], bound: usize) -> Result<Self, Error> {
         let bytes = count * shape.iter().product::<usize>() * size_of::<f32>();
         let place = if bytes <= bound {
