@@ -10,7 +10,7 @@
 #include "hopper.cuh"
 
 constexpr int kLatentTiles = kRank / 64;
-constexpr int kRowTiles64 = kLatentTiles + ceil_div(kRope, 64);  // 64-column tiles in a row
+constexpr int kRowTiles64 = kLatentTiles + ceil_div(kRope, 64);  // 64-column tiles of 16 bits in a row
 constexpr int kSubTile = 64 * 128;                               // bytes of 64 rows of one
 constexpr int kStageBytes = kRowTiles64 * kSubTile;
 constexpr int kQueryBytes = kGroup * kStageBytes;
@@ -20,36 +20,33 @@ constexpr int kConsumers = 256;
 constexpr int kOutColumns = ceil_div(kLatentTiles, kColumnGroups) * 64;
 constexpr int kOutRegisters = kOutColumns / 2;
 constexpr bool kSharedTiles = kGroup == 2 || kColumnGroups == 2;
-// With two stages, waiting for the next tile before the values of this one would leave nothing to do while it comes.
-constexpr bool kOverlap = kStages > 2;
+constexpr int kStageAt = kQueryBytes;  // of the dynamic shared memory, which begins at a multiple of 1024
 
-// The dynamic shared memory, from a multiple of 1024.
-constexpr int kStageAt = kQueryBytes;
-constexpr int kMergeAt = kStageAt + kStages * kStageBytes;  // float [2][64][2]
+// What a computing thread finds its tiles by.
+struct Ring {
+  u8* memory;
+  u32 full, empty;  // mbarriers of the stages
+  int group, warp, lane;
+};
+
+MLAC_DEVICE void warpgroup_barrier(int group) {
+  if (group == 0) named_barrier<1, 128>();
+  else named_barrier<2, 128>();
+}
+
+#if MLAC_FP8
+#include "sm90_fp8.cuh"
+#else
+#include "sm90_tiles.cuh"
+#endif
+#include "sm90_output.cuh"
+
 constexpr int kBarrierAt = kMergeAt + 1024;
 constexpr int kSharedBytes = kBarrierAt + 8 * (2 * kStages + 2);
 
 static_assert(kRank % 64 == 0 && kOutColumns <= 256, "a warpgroup's registers hold 64 x 256 of the output");
 static_assert(kGroup == 1 || kColumnGroups == 1, "the warpgroups share a tile in one way");
 static_assert(kRope % 16 == 0 && kTile == 64 && kPage == 64 && kHeadTile == 64, "one page is one tile");
-
-MLAC_DEVICE void load_cache(const DecodeParams& p, const TensorMap* map, u32 shared, u32 full, u32 empty) {
-  Walk walk(p);
-  Piece piece;
-  int count = 0;
-  while (walk.next(p, piece)) {
-    const int* pages = p.pages + (size_t)piece.request * p.page_stride;
-    for (int tile = piece.begin; tile < piece.end; ++tile, ++count) {
-      int stage = count % kStages;
-      int page = pages[tile];
-      barrier_wait(empty + 8 * stage, (count / kStages & 1) ^ 1);
-      barrier_expect(full + 8 * stage, kStageBytes);
-#pragma unroll
-      for (int c = 0; c < kRowTiles64; ++c)
-        tma_load(shared + kStageAt + stage * kStageBytes + c * kSubTile, map, c * 64, 0, page, full + 8 * stage);
-    }
-  }
-}
 
 MLAC_DEVICE void load_queries(const DecodeParams& p, const TensorMap* map, u32 shared, u32 full, u32 empty) {
   Walk walk(p);
@@ -67,93 +64,6 @@ MLAC_DEVICE void load_queries(const DecodeParams& p, const TensorMap* map, u32 s
       for (int c = 0; c < kRowTiles64; ++c)
         tma_load(shared + g * kStageBytes + c * kSubTile, map, c * 64, row_tile % kHeadTiles * 64, token, full);
     }
-  }
-}
-
-// Writes a half of this thread's columns where `out` starts; rows that are no heads are left out.
-template <int Half, bool Final>
-MLAC_DEVICE void store_half(const float (&o)[kOutRegisters], void* out, int row, int rows, int column) {
-#pragma unroll
-  for (int i = Half * kOutRegisters / 2; i < (Half + 1) * kOutRegisters / 2; i += 4) {
-    int c = i * 2 + column;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= rows) continue;
-      size_t at = (size_t)(row + 8 * r) * kRank + c;
-      if (Final) static_cast<u32*>(out)[at / 2] = pack(o[i + 2 * r], o[i + 2 * r + 1]);
-      else static_cast<float2*>(out)[at / 2] = make_float2(o[i + 2 * r], o[i + 2 * r + 1]);
-    }
-  }
-}
-
-template <int Half>
-MLAC_DEVICE void put_half(const float (&o)[kOutRegisters], float* exchange, int thread) {
-#pragma unroll
-  for (int i = 0; i < kOutRegisters / 2; ++i) exchange[i * 128 + thread] = o[Half * kOutRegisters / 2 + i];
-}
-
-// o = scale_own * o + scale_other * other, always warpgroup 0's term first.
-template <int Half, bool OwnFirst>
-MLAC_DEVICE void add_half(float (&o)[kOutRegisters], const float* exchange, int thread, const float (&own)[2],
-                          const float (&other)[2]) {
-#pragma unroll
-  for (int i = 0; i < kOutRegisters / 2; ++i) {
-    int r = i / 2 % 2;
-    float mine = o[Half * kOutRegisters / 2 + i] * own[r];
-    float theirs = exchange[i * 128 + thread] * other[r];
-    o[Half * kOutRegisters / 2 + i] = OwnFirst ? mine + theirs : theirs + mine;
-  }
-}
-
-// Scales this warpgroup's columns by the inverse denominators and stores them.
-template <int Half>
-MLAC_DEVICE void finish_half(float (&o)[kOutRegisters], const DecodeParams& p, const Piece& piece, int row_tile, int slot_row,
-                             const float (&inverse)[2], int row, int column) {
-#pragma unroll
-  for (int i = Half * kOutRegisters / 2; i < (Half + 1) * kOutRegisters / 2; ++i) o[i] *= inverse[i / 2 % 2];
-  if (piece.slot >= 0) {
-    store_half<Half, false>(o, p.out_part + (size_t)slot_row * kRank, row, 64, column);
-  } else {
-    int head = row_tile % kHeadTiles * 64;
-    size_t first = ((size_t)piece.request * kQueryTokens + row_tile / kHeadTiles) * kHeads + head;
-    store_half<Half, true>(o, static_cast<u16*>(p.out) + first * kRank, row, kHeads - head, column);
-  }
-}
-
-// The inverse denominators of this thread's two rows; their LSE is stored by one thread of the four that share a row.
-MLAC_DEVICE void denominators(const DecodeParams& p, const Piece& piece, int row_tile, int slot_row, const float (&peak)[2],
-                              const float (&sum)[2], int row, bool store, float (&inverse)[2]) {
-  const float scale = p.scale * kLog2e;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    int head = row_tile % kHeadTiles * 64 + row + 8 * r;
-    float top = peak[r] == minus_infinity() ? 0.0f : peak[r] * scale;
-    float denominator = sum[r];
-    float lse = sum[r] > 0.0f ? top + log2_fast(sum[r]) : minus_infinity();
-    if (piece.slot >= 0) {
-      if (store) p.lse_part[slot_row + row + 8 * r] = lse;
-    } else if (head < kHeads) {
-      if (kSinks) denominator += exp2_fast(p.sinks[head] * kLog2e - top);
-      size_t at = ((size_t)piece.request * kQueryTokens + row_tile / kHeadTiles) * kHeads + head;
-      if (store) p.lse[at] = lse * kLn2;
-    }
-    inverse[r] = sum[r] > 0.0f ? reciprocal(denominator) : 0.0f;
-  }
-}
-
-// Waits for a tile. The last page's rows beyond the request may hold anything: as values they would meet weights of zero,
-// and 0 * NaN is NaN. They become zeros; when two warpgroups share the tile, both write the same ones.
-MLAC_DEVICE void await_tile(u8* memory, u32 full, int stage, int count, const Piece& piece, int i, int group, int warp, int lane) {
-  barrier_wait(full + 8 * stage, count / kStages & 1);
-  const int start = (piece.begin + i) * kTile;
-  if (start + kTile > piece.length) {
-    u8* bytes = memory + kStageAt + stage * kStageBytes;
-    for (int r = piece.length - start + warp; r < kTile; r += 4)
-#pragma unroll
-      for (int c = 0; c < kLatentTiles; ++c) *reinterpret_cast<u32*>(bytes + c * kSubTile + r * 128 + lane * 4) = 0;
-    fence_async_proxy();
-    if (group == 0) named_barrier<1, 128>();
-    else named_barrier<2, 128>();
   }
 }
 
@@ -175,36 +85,14 @@ struct Edges {
   int from, to;
 };
 
-// Masks, running maximum, weights in place of the scores, denominators.
-MLAC_DEVICE void soften(float (&s)[32], const DecodeParams& p, const Piece& piece, int token, const Edges& edges, int start, int column,
-                        float scale, float (&peak)[2], float (&sum)[2], float (&rescale)[2]) {
-  if (start < edges.from || start + kTile > edges.to) {
-    const View view = view_of(piece.length, token, kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0);
-    const u64 seen = view.columns(start) >> column;
+// Scores of tokens that are not seen become minus infinity.
+MLAC_DEVICE void mask(float (&s)[32], const DecodeParams& p, const Piece& piece, int token, const Edges& edges, int start, int column) {
+  if (start >= edges.from && start + kTile <= edges.to) return;
+  const View view = view_of(piece.length, token, kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0);
+  const u64 seen = view.columns(start) >> column;
 #pragma unroll
-    for (int j = 0; j < 32; ++j)
-      if (!(seen >> (j / 4 * 8 + j % 2) & 1)) s[j] = minus_infinity();
-  }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    float top = s[2 * r];
-#pragma unroll
-    for (int j = 0; j < 32; j += 4) top = fmaxf(top, fmaxf(s[j + 2 * r], s[j + 2 * r + 1]));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    top = fmaxf(top, peak[r]);
-    float anchor = top == minus_infinity() ? 0.0f : top * scale;
-    rescale[r] = exp2_fast(peak[r] * scale - anchor);
-    peak[r] = top;
-    float added = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 32; j += 4) {
-      s[j + 2 * r] = exp2_fast(s[j + 2 * r] * scale - anchor);
-      s[j + 2 * r + 1] = exp2_fast(s[j + 2 * r + 1] * scale - anchor);
-      added += s[j + 2 * r] + s[j + 2 * r + 1];
-    }
-    sum[r] = sum[r] * rescale[r] + added;
-  }
+  for (int j = 0; j < 32; ++j)
+    if (!(seen >> (j / 4 * 8 + j % 2) & 1)) s[j] = minus_infinity();
 }
 
 MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full, u32 empty, u32 query_full, u32 query_empty) {
@@ -215,6 +103,7 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
   const int column = lane % 4 * 2;
   // The first of this warpgroup's output columns, in 64-column tiles.
   const int value_tile = kColumnGroups == 2 ? group * (kLatentTiles - kOutColumns / 64) : 0;
+  const Ring ring{memory, full, empty, group, warp, lane};
   const float scale = p.scale * kLog2e;
   float* exchange = reinterpret_cast<float*>(memory);  // the queries' memory, when they are done with
   float* merge = reinterpret_cast<float*>(memory + kMergeAt);
@@ -242,6 +131,7 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
 
     barrier_wait(query_full, query_parity);
     query_parity ^= 1;
+    prepare_queries(ring);
     const u32 query = shared + (kGroup == 2 ? group * kStageBytes : 0);
     const int count = piece.end - piece.begin;
     float s[32];
@@ -251,54 +141,56 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
     constexpr int kStep = kSharedTiles ? 1 : 2;
     int i = kSharedTiles ? 0 : group;
     while (i < count) {
-      int stage = (base + i) % kStages;
-      await_tile(memory, full, stage, base + i, piece, i, group, warp, lane);
+      int slot = tile_slot(base + i, group);
+      await_tile(ring, slot, base + i, piece, i);
       pin(s);
       wgmma_fence();
-      multiply_scores(s, query, shared + kStageAt + stage * kStageBytes);
+      multiply_scores(s, query, shared + kTileAt + slot * kStageBytes);
       wgmma_commit();
       wgmma_wait<0>();
       pin(s);
-      soften(s, p, piece, token, edges, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
+      mask(s, p, piece, token, edges, (piece.begin + i) * kTile, column);
+      weigh(s, ring, slot, column, scale, peak, sum, rescale);
       if (!kOverlap) {
 #pragma unroll
         for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
       }
 #pragma unroll
-      for (int j = 0; j < 16; ++j) weights[j] = pack(s[2 * j], s[2 * j + 1]);
-      int held = stage;
+      for (int j = 0; j < 16; ++j) weights[j] = pack_weights(s[2 * j], s[2 * j + 1]);
+      int held = slot;
       for (i += kStep; kOverlap && i < count; i += kStep) {
-        stage = (base + i) % kStages;
-        await_tile(memory, full, stage, base + i, piece, i, group, warp, lane);
+        slot = tile_slot(base + i, group);
+        await_tile(ring, slot, base + i, piece, i);
         pin(s);
         pin(o);
         pin(weights);
         wgmma_fence();
-        multiply_scores(s, query, shared + kStageAt + stage * kStageBytes);
+        multiply_scores(s, query, shared + kTileAt + slot * kStageBytes);
         wgmma_commit();
-        multiply_values(o, weights, shared + kStageAt + held * kStageBytes + value_tile * kSubTile);
+        multiply_values(o, weights, shared + kTileAt + held * kStageBytes + value_tile * kSubTile);
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
-        soften(s, p, piece, token, edges, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
+        mask(s, p, piece, token, edges, (piece.begin + i) * kTile, column);
+      weigh(s, ring, slot, column, scale, peak, sum, rescale);
         wgmma_wait<0>();
         pin(o);
         pin(weights);
-        if (lane == 0) barrier_arrive(empty + 8 * held);
-        held = stage;
+        release_tile(ring, held);
+        held = slot;
 #pragma unroll
-        for (int j = 0; j < 16; ++j) weights[j] = pack(s[2 * j], s[2 * j + 1]);
+        for (int j = 0; j < 16; ++j) weights[j] = pack_weights(s[2 * j], s[2 * j + 1]);
 #pragma unroll
         for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
       }
       pin(o);
       pin(weights);
       wgmma_fence();
-      multiply_values(o, weights, shared + kStageAt + held * kStageBytes + value_tile * kSubTile);
+      multiply_values(o, weights, shared + kTileAt + held * kStageBytes + value_tile * kSubTile);
       wgmma_commit();
       wgmma_wait<0>();
       pin(o);
-      if (lane == 0) barrier_arrive(empty + 8 * held);
+      release_tile(ring, held);
     }
     base += count;
 
@@ -336,8 +228,8 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
       float peak0 = merge[(row + 8 * r) * 2], sum0 = merge[(row + 8 * r) * 2 + 1];
       float peak1 = merge[(64 + row + 8 * r) * 2], sum1 = merge[(64 + row + 8 * r) * 2 + 1];
       top[r] = fmaxf(peak0, peak1);
-      float anchor = top[r] == minus_infinity() ? 0.0f : top[r] * scale;
-      float scale0 = exp2_fast(peak0 * scale - anchor), scale1 = exp2_fast(peak1 * scale - anchor);
+      float anchor = top[r] == minus_infinity() ? 0.0f : top[r] * peak_scale(p);
+      float scale0 = exp2_fast(peak0 * peak_scale(p) - anchor), scale1 = exp2_fast(peak1 * peak_scale(p) - anchor);
       all[r] = sum0 * scale0 + sum1 * scale1;
       own[r] = group == 0 ? scale0 : scale1;
       other[r] = group == 0 ? scale1 : scale0;
@@ -367,8 +259,11 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
 }
 
 MLAC_KERNEL __launch_bounds__(384, 1)
-mlac_decode(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMap query_map,
-            const __grid_constant__ TensorMap cache_map) {
+mlac_decode(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMap query_map
+#if !MLAC_FP8
+            , const __grid_constant__ TensorMap cache_map
+#endif
+) {
   MLAC_DYNAMIC_SHARED(memory);
   const u32 shared = shared_address(memory);
   const u32 full = shared + kBarrierAt;
@@ -383,13 +278,19 @@ mlac_decode(const __grid_constant__ DecodeParams p, const __grid_constant__ Tens
     barrier_init(query_empty, kSharedTiles ? 8 : 4);
     fence_barrier_init();
     tma_prefetch_map(&query_map);
+#if !MLAC_FP8
     tma_prefetch_map(&cache_map);
+#endif
   }
   __syncthreads();
   wait_for_previous_kernel();
   if (threadIdx.x < 128) {
     keep_registers<24>();
+#if MLAC_FP8
+    if (threadIdx.x == 0) load_cache(p, shared, full, empty);
+#else
     if (threadIdx.x == 0) load_cache(p, &cache_map, shared, full, empty);
+#endif
     if (threadIdx.x == 32) load_queries(p, &query_map, shared, query_full, query_empty);
     if (threadIdx.x == 64) let_next_kernel_start();
   } else {
