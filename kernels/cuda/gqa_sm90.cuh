@@ -5,7 +5,7 @@
 // of the piece and are added at its end, warpgroup 0 first. Queries are fragments in registers: nothing but the cache goes through
 // shared memory.
 #pragma once
-#include "hopper.cuh"
+#include "sm90_load.cuh"
 
 constexpr int kRows = kHeads * kQueryTokens;
 constexpr int kHeadTiles64 = kHeadDim / 64;
@@ -24,24 +24,14 @@ static_assert(kRows <= 64 && kHeadDim % 64 == 0 && kHeadDim <= 128, "the rows of
 static_assert(kTile == 64 && kPage == 64, "one page is one tile");
 
 MLAC_DEVICE void load_cache(const DecodeParams& p, const TensorMap* keys, const TensorMap* values, u32 shared, u32 full, u32 empty) {
-  Walk walk(p);
-  Piece piece;
-  int count = 0;
-  while (walk.next(p, piece)) {
-    const int* pages = p.pages + (size_t)piece.request * p.page_stride;
-    for (int tile = piece.begin; tile < piece.end; ++tile, ++count) {
-      int stage = count % kStages;
-      int page = pages[tile];
-      barrier_wait(empty + 8 * stage, (count / kStages & 1) ^ 1);
-      barrier_expect(full + 8 * stage, kStageBytes);
+  fill_ring(p, full, empty, kStageBytes, [=](const Piece& piece, int page, int stage, u32 barrier) {
 #pragma unroll
-      for (int c = 0; c < kHeadTiles64; ++c) {
-        u32 at = shared + stage * kStageBytes + c * kSubTile;
-        tma_load(at, keys, piece.unit * kHeadDim + c * 64, 0, page, full + 8 * stage);
-        tma_load(at + kHalfStage, values, piece.unit * kHeadDim + c * 64, 0, page, full + 8 * stage);
-      }
+    for (int c = 0; c < kHeadTiles64; ++c) {
+      u32 at = shared + stage * kStageBytes + c * kSubTile;
+      tma_load(at, keys, piece.unit * kHeadDim + c * 64, 0, page, barrier);
+      tma_load(at + kHalfStage, values, piece.unit * kHeadDim + c * 64, 0, page, barrier);
     }
-  }
+  });
 }
 
 // Waits for a tile. Values beyond the request may be NaN and meet weights of zero: they become zeros.

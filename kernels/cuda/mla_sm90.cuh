@@ -3,9 +3,11 @@
 // 384 threads: one warpgroup loads (warp 0 the cache, warp 1 the queries), two warpgroups compute.
 //   kGroup = 1: the two take alternate tiles of one row tile and merge at the end of the piece.
 //   kGroup = 2: the two take all tiles, each for a row tile of its own; a tile is loaded once for both.
-//   kColumnGroups = 2 (latent beyond 256): both take all tiles of one row tile; each multiplies all scores, and half of the values.
+//   kColumnGroups = 2 (latent beyond 256): both take all tiles of one row tile; each multiplies the scores of half of a tile's tokens,
+//   and half of the values' columns. Between the two they exchange row maxima, and weights where the tile's rotated keys were.
 // A warpgroup's row tile is 64 heads of one query token, so masks are per column only.
-// Scores: wgmma m64n64k16, both operands in shared memory. Output: m64n{kOutColumns}k16, P in registers, V the same tile read by columns.
+// Scores: wgmma m64n{kScoreTokens}k16, both operands in shared memory. Output: m64n{kOutColumns}k16, weights in registers or, exchanged, in
+// shared memory, values the same tile read by columns.
 #pragma once
 #include "hopper.cuh"
 
@@ -19,6 +21,12 @@ constexpr int kConsumers = 256;
 // Whole 64-column tiles: with an odd number of them the two warpgroups share one, and write the same numbers there.
 constexpr int kOutColumns = ceil_div(kLatentTiles, kColumnGroups) * 64;
 constexpr int kOutRegisters = kOutColumns / 2;
+// Tokens of a tile whose scores a warpgroup multiplies.
+constexpr int kScoreTokens = kTile / kColumnGroups;
+constexpr int kScoreRegisters = kScoreTokens / 2;
+// Exchanged weights take the place of the tile's rotated keys, and none are kept in registers.
+constexpr int kWeightsInTile = kLatentTiles * kSubTile;
+constexpr int kWeightRegisters = MLAC_EXCHANGED ? 1 : 16;
 constexpr bool kSharedTiles = kGroup == 2 || kColumnGroups == 2;
 constexpr int kStageAt = kQueryBytes;  // of the dynamic shared memory, which begins at a multiple of 1024
 
@@ -67,7 +75,7 @@ MLAC_DEVICE void load_queries(const DecodeParams& p, const TensorMap* map, u32 s
   }
 }
 
-MLAC_DEVICE void multiply_scores(float (&s)[32], u32 query, u32 tile) {
+MLAC_DEVICE void multiply_scores(float (&s)[kScoreRegisters], u32 query, u32 tile) {
 #pragma unroll
   for (int k = 0; k < kScoreSteps; ++k) {
     u32 at = k / 4 * kSubTile + k % 4 * 32;
@@ -75,10 +83,19 @@ MLAC_DEVICE void multiply_scores(float (&s)[32], u32 query, u32 tile) {
   }
 }
 
-MLAC_DEVICE void multiply_values(float (&o)[kOutRegisters], const u32 (&weights)[16], u32 tile) {
+#if MLAC_EXCHANGED
+// Weights of all of a tile's tokens, which both warpgroups put there.
+MLAC_DEVICE void multiply_values(float (&o)[kOutRegisters], const u32 (&)[1], u32 weights, u32 tile) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    wgmma_values(o, descriptor(kDescriptorK, weights + k * 32), descriptor(kDescriptorMn, tile + k * 2048));
+}
+#else
+MLAC_DEVICE void multiply_values(float (&o)[kOutRegisters], const u32 (&weights)[16], u32, u32 tile) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) wgmma_values(o, weights + 4 * k, descriptor(kDescriptorMn, tile + k * 2048));
 }
+#endif
 
 // Only the bounds of what is seen whole stay in registers; a tile at an edge asks for the rest again.
 struct Edges {
@@ -86,13 +103,57 @@ struct Edges {
 };
 
 // Scores of tokens that are not seen become minus infinity.
-MLAC_DEVICE void mask(float (&s)[32], const DecodeParams& p, const Piece& piece, int token, const Edges& edges, int start, int column) {
+MLAC_DEVICE void mask(float (&s)[kScoreRegisters], const DecodeParams& p, const Piece& piece, int token, const Edges& edges, int start, int column) {
   if (start >= edges.from && start + kTile <= edges.to) return;
   const View view = view_of(piece.length, token, kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0);
   const u64 seen = view.columns(start) >> column;
 #pragma unroll
-  for (int j = 0; j < 32; ++j)
+  for (int j = 0; j < kScoreRegisters; ++j)
     if (!(seen >> (j / 4 * 8 + j % 2) & 1)) s[j] = minus_infinity();
+}
+
+// Masks, running maximum, weights in place of the scores and, when they are exchanged, in shared memory, denominators.
+MLAC_DEVICE void soften(float (&s)[kScoreRegisters], const DecodeParams& p, const Ring& ring, const Piece& piece, int token,
+                        const Edges& edges, int start, int slot, int row, int column, float scale, float (&peak)[2], float (&sum)[2],
+                        float (&rescale)[2]) {
+  mask(s, p, piece, token, edges, start, column);
+  float top[2];
+  tops(s, ring, slot, column, scale, top);
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
+    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
+  }
+#if MLAC_EXCHANGED
+  float* tops_of_rows = reinterpret_cast<float*>(ring.memory + kMergeAt);  // [2][64]
+  if (ring.lane % 4 == 0) {
+    tops_of_rows[ring.group * 64 + row] = top[0];
+    tops_of_rows[ring.group * 64 + row + 8] = top[1];
+  }
+  // Both have multiplied their scores: the rotated keys are done with.
+  named_barrier<3, kConsumers>();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) top[r] = fmaxf(tops_of_rows[row + 8 * r], tops_of_rows[64 + row + 8 * r]);
+#endif
+  weigh(s, ring, slot, column, scale, top, peak, sum, rescale);
+#if MLAC_EXCHANGED
+  u8* shared_weights = ring.memory + kTileAt + slot * kStageBytes + kWeightsInTile;
+#pragma unroll
+  for (int j = 0; j < kScoreRegisters; j += 2) {
+    const int at_row = row + j / 2 % 2 * 8, at = j / 4 * 8 + column;
+    *reinterpret_cast<u32*>(shared_weights + at_row * 128 + ((at / 8 ^ at_row) & 7) * 16 + at % 8 * 2) = pack_weights(s[j], s[j + 1]);
+  }
+  fence_async_proxy();
+  named_barrier<4, kConsumers>();
+#endif
+}
+
+// Weights that are not exchanged stay in registers, once the values of the tile before are multiplied.
+MLAC_DEVICE void keep_weights(u32 (&weights)[kWeightRegisters], const float (&s)[kScoreRegisters]) {
+#if !MLAC_EXCHANGED
+#pragma unroll
+  for (int j = 0; j < kWeightRegisters; ++j) weights[j] = pack_weights(s[2 * j], s[2 * j + 1]);
+#endif
 }
 
 MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full, u32 empty, u32 query_full, u32 query_empty) {
@@ -101,8 +162,10 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
   const int warp = thread / 32, lane = thread % 32;
   const int row = warp * 16 + lane / 4;
   const int column = lane % 4 * 2;
+  const int token_column = column + (kColumnGroups == 2 ? group * kScoreTokens : 0);
   // The first of this warpgroup's output columns, in 64-column tiles.
   const int value_tile = kColumnGroups == 2 ? group * (kLatentTiles - kOutColumns / 64) : 0;
+  const u32 score_rows = kColumnGroups == 2 ? group * kScoreTokens * 128 : 0;  // bytes to its tokens in a 64-column tile
   const Ring ring{memory, full, empty, group, warp, lane};
   const float scale = p.scale * kLog2e;
   float* exchange = reinterpret_cast<float*>(memory);  // the queries' memory, when they are done with
@@ -134,8 +197,8 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
     prepare_queries(ring);
     const u32 query = shared + (kGroup == 2 ? group * kStageBytes : 0);
     const int count = piece.end - piece.begin;
-    float s[32];
-    u32 weights[16];
+    float s[kScoreRegisters];
+    u32 weights[kWeightRegisters] = {};
     float rescale[2];
     // The scores of tile i are multiplied while the values of the tile before still are, and its softmax runs beside them.
     constexpr int kStep = kSharedTiles ? 1 : 2;
@@ -145,18 +208,16 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
       await_tile(ring, slot, base + i, piece, i);
       pin(s);
       wgmma_fence();
-      multiply_scores(s, query, shared + kTileAt + slot * kStageBytes);
+      multiply_scores(s, query, shared + kTileAt + slot * kStageBytes + score_rows);
       wgmma_commit();
       wgmma_wait<0>();
       pin(s);
-      mask(s, p, piece, token, edges, (piece.begin + i) * kTile, column);
-      weigh(s, ring, slot, column, scale, peak, sum, rescale);
+      soften(s, p, ring, piece, token, edges, (piece.begin + i) * kTile, slot, row, token_column, scale, peak, sum, rescale);
       if (!kOverlap) {
 #pragma unroll
         for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
       }
-#pragma unroll
-      for (int j = 0; j < 16; ++j) weights[j] = pack_weights(s[2 * j], s[2 * j + 1]);
+      keep_weights(weights, s);
       int held = slot;
       for (i += kStep; kOverlap && i < count; i += kStep) {
         slot = tile_slot(base + i, group);
@@ -165,28 +226,28 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
         pin(o);
         pin(weights);
         wgmma_fence();
-        multiply_scores(s, query, shared + kTileAt + slot * kStageBytes);
+        multiply_scores(s, query, shared + kTileAt + slot * kStageBytes + score_rows);
         wgmma_commit();
-        multiply_values(o, weights, shared + kTileAt + held * kStageBytes + value_tile * kSubTile);
+        multiply_values(o, weights, shared + kTileAt + held * kStageBytes + kWeightsInTile,
+                      shared + kTileAt + held * kStageBytes + value_tile * kSubTile);
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
-        mask(s, p, piece, token, edges, (piece.begin + i) * kTile, column);
-      weigh(s, ring, slot, column, scale, peak, sum, rescale);
+        soften(s, p, ring, piece, token, edges, (piece.begin + i) * kTile, slot, row, token_column, scale, peak, sum, rescale);
         wgmma_wait<0>();
         pin(o);
         pin(weights);
         release_tile(ring, held);
         held = slot;
-#pragma unroll
-        for (int j = 0; j < 16; ++j) weights[j] = pack_weights(s[2 * j], s[2 * j + 1]);
+        keep_weights(weights, s);
 #pragma unroll
         for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
       }
       pin(o);
       pin(weights);
       wgmma_fence();
-      multiply_values(o, weights, shared + kTileAt + held * kStageBytes + value_tile * kSubTile);
+      multiply_values(o, weights, shared + kTileAt + held * kStageBytes + kWeightsInTile,
+                      shared + kTileAt + held * kStageBytes + value_tile * kSubTile);
       wgmma_commit();
       wgmma_wait<0>();
       pin(o);
@@ -199,6 +260,18 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
       sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
     }
+#if MLAC_EXCHANGED
+    // Each has the weights of half of the tokens.
+    float* sums = merge + 128;  // [2][64]
+    if (lane % 4 == 0) {
+      sums[group * 64 + row] = sum[0];
+      sums[group * 64 + row + 8] = sum[1];
+    }
+    named_barrier<5, kConsumers>();
+    sum[0] = sums[row] + sums[64 + row];
+    sum[1] = sums[row + 8] + sums[64 + row + 8];
+    named_barrier<6, kConsumers>();  // read: the next piece may write
+#endif
     float inverse[2];
     const bool store = lane % 4 == 0;
     if (kSharedTiles) {

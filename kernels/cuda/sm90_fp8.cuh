@@ -6,7 +6,7 @@
 // most 1, whatever the scales are; the denominator adds the weights before they are multiplied.
 #pragma once
 #include "fp8.cuh"
-#include "hopper.cuh"
+#include "sm90_load.cuh"
 
 constexpr int kConverters = kSharedTiles ? kConsumers : 128;
 constexpr int kSlots = kSharedTiles ? kBuffers : 2 * kBuffers;
@@ -20,19 +20,10 @@ static_assert(kBuffers == 1 || (kSharedTiles && kBuffers == 2), "a warpgroup of 
 static_assert(kPageBytes % 128 == 0, "pages are aligned for copies");
 
 MLAC_DEVICE void load_cache(const DecodeParams& p, u32 shared, u32 full, u32 empty) {
-  Walk walk(p);
-  Piece piece;
-  int count = 0;
-  while (walk.next(p, piece)) {
-    const int* pages = p.pages + (size_t)piece.request * p.page_stride;
-    for (int tile = piece.begin; tile < piece.end; ++tile, ++count) {
-      int stage = count % kStages;
-      const u8* page = static_cast<const u8*>(p.cache) + (size_t)pages[tile] * kPageBytes;
-      barrier_wait(empty + 8 * stage, (count / kStages & 1) ^ 1);
-      barrier_expect(full + 8 * stage, kPageBytes);
-      bulk_load(shared + kPageAt + stage * kPageBytes, page, kPageBytes, full + 8 * stage);
-    }
-  }
+  const u8* cache = static_cast<const u8*>(p.cache);
+  fill_ring(p, full, empty, kPageBytes, [=](const Piece&, int page, int stage, u32 barrier) {
+    bulk_load(shared + kPageAt + stage * kPageBytes, cache + (size_t)page * kPageBytes, kPageBytes, barrier);
+  });
 }
 
 MLAC_DEVICE int tile_slot(int count, int group) { return kSharedTiles ? count % kBuffers : group; }
@@ -77,14 +68,17 @@ MLAC_DEVICE void await_tile(const Ring& ring, int slot, int count, const Piece& 
 
 MLAC_DEVICE void release_tile(const Ring&, int) {}
 
-// Running maximum, weights in place of the scores, denominators.
-MLAC_DEVICE void weigh(float (&s)[32], const Ring& ring, int slot, int column, float scale, float (&peak)[2], float (&sum)[2],
-                       float (&rescale)[2]) {
-  // Factors of two neighbouring columns.
-  const float4* factors = reinterpret_cast<const float4*>(ring.memory + kFactorsAt + slot * kPage * 8) + column / 2;
-  float top[2] = {minus_infinity(), minus_infinity()}, anchor[2];
+// Scale and its logarithm of two neighbouring tokens at a time, from this thread's first column on.
+MLAC_DEVICE const float4* factors_of(const Ring& ring, int slot, int column) {
+  return reinterpret_cast<const float4*>(ring.memory + kFactorsAt + slot * kPage * 8) + column / 2;
+}
+
+// Scores in powers of two, and the largest, row by row, of this thread's scores plus their scales' logarithms.
+MLAC_DEVICE void tops(float (&s)[kScoreRegisters], const Ring& ring, int slot, int column, float scale, float (&top)[2]) {
+  const float4* factors = factors_of(ring, slot, column);
+  top[0] = top[1] = minus_infinity();
 #pragma unroll
-  for (int j = 0; j < 32; j += 4) {
+  for (int j = 0; j < kScoreRegisters; j += 4) {
     const float4 of = factors[j];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
@@ -93,18 +87,23 @@ MLAC_DEVICE void weigh(float (&s)[32], const Ring& ring, int slot, int column, f
       top[r] = fmaxf(top[r], fmaxf(s[j + 2 * r] + of.y, s[j + 2 * r + 1] + of.w));
     }
   }
+}
+
+// Weights times their scales in place of the scores; `top` is of the row's tokens in this tile.
+MLAC_DEVICE void weigh(float (&s)[kScoreRegisters], const Ring& ring, int slot, int column, float, const float (&top)[2],
+                       float (&peak)[2], float (&sum)[2], float (&rescale)[2]) {
+  const float4* factors = factors_of(ring, slot, column);
+  float anchor[2];
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
-    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
-    top[r] = fmaxf(top[r], peak[r]);
-    anchor[r] = top[r] == minus_infinity() ? 0.0f : top[r];
+    float all = fmaxf(top[r], peak[r]);
+    anchor[r] = all == minus_infinity() ? 0.0f : all;
     rescale[r] = exp2_fast(peak[r] - anchor[r]);
-    peak[r] = top[r];
+    peak[r] = all;
     sum[r] *= rescale[r];
   }
 #pragma unroll
-  for (int j = 0; j < 32; j += 4) {
+  for (int j = 0; j < kScoreRegisters; j += 4) {
     const float4 of = factors[j];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {

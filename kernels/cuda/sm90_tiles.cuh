@@ -1,6 +1,6 @@
 // Tiles of a 16-bit cache for `mla_sm90.cuh`: TMA puts them where wgmma reads them.
 #pragma once
-#include "hopper.cuh"
+#include "sm90_load.cuh"
 
 constexpr int kTileAt = kStageAt;
 constexpr int kMergeAt = kStageAt + kStages * kStageBytes;  // float [2][64][2]
@@ -8,21 +8,11 @@ constexpr int kMergeAt = kStageAt + kStages * kStageBytes;  // float [2][64][2]
 constexpr bool kOverlap = kStages > 2;
 
 MLAC_DEVICE void load_cache(const DecodeParams& p, const TensorMap* map, u32 shared, u32 full, u32 empty) {
-  Walk walk(p);
-  Piece piece;
-  int count = 0;
-  while (walk.next(p, piece)) {
-    const int* pages = p.pages + (size_t)piece.request * p.page_stride;
-    for (int tile = piece.begin; tile < piece.end; ++tile, ++count) {
-      int stage = count % kStages;
-      int page = pages[tile];
-      barrier_wait(empty + 8 * stage, (count / kStages & 1) ^ 1);
-      barrier_expect(full + 8 * stage, kStageBytes);
+  fill_ring(p, full, empty, kStageBytes, [=](const Piece&, int page, int stage, u32 barrier) {
 #pragma unroll
-      for (int c = 0; c < kRowTiles64; ++c)
-        tma_load(shared + kStageAt + stage * kStageBytes + c * kSubTile, map, c * 64, 0, page, full + 8 * stage);
-    }
-  }
+    for (int c = 0; c < kRowTiles64; ++c)
+      tma_load(shared + kStageAt + stage * kStageBytes + c * kSubTile, map, c * 64, 0, page, barrier);
+  });
 }
 
 MLAC_DEVICE int tile_slot(int count, int) { return count % kStages; }
@@ -49,22 +39,28 @@ MLAC_DEVICE void release_tile(const Ring& ring, int stage) {
   if (ring.lane == 0) barrier_arrive(ring.empty + 8 * stage);
 }
 
-// Running maximum, weights in place of the scores, denominators.
-MLAC_DEVICE void weigh(float (&s)[32], const Ring&, int, int, float scale, float (&peak)[2], float (&sum)[2], float (&rescale)[2]) {
+// The largest of this thread's scores, row by row.
+MLAC_DEVICE void tops(float (&s)[kScoreRegisters], const Ring&, int, int, float, float (&top)[2]) {
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float top = s[2 * r];
+    top[r] = s[2 * r];
 #pragma unroll
-    for (int j = 0; j < 32; j += 4) top = fmaxf(top, fmaxf(s[j + 2 * r], s[j + 2 * r + 1]));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    top = fmaxf(top, peak[r]);
-    float anchor = top == minus_infinity() ? 0.0f : top * scale;
+    for (int j = 0; j < kScoreRegisters; j += 4) top[r] = fmaxf(top[r], fmaxf(s[j + 2 * r], s[j + 2 * r + 1]));
+  }
+}
+
+// Weights in place of the scores; `top` is of the row's tokens in this tile.
+MLAC_DEVICE void weigh(float (&s)[kScoreRegisters], const Ring&, int, int, float scale, const float (&top)[2], float (&peak)[2],
+                       float (&sum)[2], float (&rescale)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float all = fmaxf(top[r], peak[r]);
+    float anchor = all == minus_infinity() ? 0.0f : all * scale;
     rescale[r] = exp2_fast(peak[r] * scale - anchor);
-    peak[r] = top;
+    peak[r] = all;
     float added = 0.0f;
 #pragma unroll
-    for (int j = 0; j < 32; j += 4) {
+    for (int j = 0; j < kScoreRegisters; j += 4) {
       s[j + 2 * r] = exp2_fast(s[j + 2 * r] * scale - anchor);
       s[j + 2 * r + 1] = exp2_fast(s[j + 2 * r + 1] * scale - anchor);
       added += s[j + 2 * r] + s[j + 2 * r + 1];

@@ -135,7 +135,7 @@ impl AttentionConfig {
                 .to_owned(),
         ];
         reasons.push(if column_groups == 2 {
-            "beyond that two warpgroups share every cache tile and row tile: each multiplies all scores, and half of the values".to_owned()
+            "beyond that two warpgroups share every cache tile and row tile: each multiplies the scores of half of the tokens and half of the values' columns, and they exchange maxima and weights".to_owned()
         } else if group == 2 {
             format!("{row_tiles} row tiles: two share every cache tile, one for each computing warpgroup")
         } else {

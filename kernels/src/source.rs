@@ -7,7 +7,7 @@ use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype, Mask};
 use crate::layout::Descriptor;
 
 /// The files that `#include` finds.
-pub const HEADERS: [(&str, &str); 15] = [
+pub const HEADERS: [(&str, &str); 16] = [
     ("append.cuh", include_str!("../cuda/append.cuh")),
     ("combine.cuh", include_str!("../cuda/combine.cuh")),
     ("common.cuh", include_str!("../cuda/common.cuh")),
@@ -21,6 +21,7 @@ pub const HEADERS: [(&str, &str); 15] = [
     ("plan.cuh", include_str!("../cuda/plan.cuh")),
     ("ptx.cuh", include_str!("../cuda/ptx.cuh")),
     ("sm90_fp8.cuh", include_str!("../cuda/sm90_fp8.cuh")),
+    ("sm90_load.cuh", include_str!("../cuda/sm90_load.cuh")),
     ("sm90_output.cuh", include_str!("../cuda/sm90_output.cuh")),
     ("sm90_tiles.cuh", include_str!("../cuda/sm90_tiles.cuh")),
 ];
@@ -50,9 +51,13 @@ impl Source {
         let mut functions = vec!["mlac_decode"];
         if config.kernel == Kernel::LatentWgmma {
             text.push_str("\n#include \"hopper.cuh\"\n\n");
-            text.push_str(&wgmma_scores(desc.factor()));
+            text.push_str(&wgmma_scores(desc.factor(), 64 / config.column_groups));
             let columns = (desc.out_row() / 64).div_ceil(config.column_groups) * 64;
-            text.push_str(&wgmma_values(desc.factor(), columns));
+            text.push_str(&if config.column_groups == 2 {
+                wgmma_exchanged_values(desc.factor(), columns)
+            } else {
+                wgmma_values(desc.factor(), columns)
+            });
         }
         if config.kernel == Kernel::GroupedWgmma {
             text.push_str("\n#include \"hopper.cuh\"\n\n");
@@ -101,6 +106,13 @@ pub fn prologue(desc: &AttentionDesc, config: &AttentionConfig) -> String {
         "#define MLAC_FP8 {}",
         u32::from(desc.cache == CacheDtype::E4m3)
     );
+    if config.kernel == Kernel::LatentWgmma {
+        let _ = writeln!(
+            text,
+            "#define MLAC_EXCHANGED {}",
+            u32::from(config.column_groups == 2)
+        );
+    }
     let flags = [
         ("kGqa", matches!(desc.attention, Attention::Grouped { .. })),
         ("kSinks", desc.sinks),
@@ -163,14 +175,17 @@ fn operands(constraint: &str, name: &str, count: u32) -> String {
     texts.join(", ")
 }
 
-/// `d (+)= a * b` with 64 tokens: both operands in shared memory, both contiguous along the multiplied dimension.
-fn wgmma_scores(dtype: Dtype) -> String {
+/// `d (+)= a * b` with so many tokens: both operands in shared memory, both contiguous along the multiplied dimension.
+fn wgmma_scores(dtype: Dtype, tokens: u32) -> String {
+    let count = tokens / 2;
     format!(
-        "MLAC_DEVICE void wgmma_scores(float (&d)[32], u64 a, u64 b, int add) {{\n  asm volatile(\n      \"{{\\n.reg .pred p;\\nsetp.ne.b32 p, %34, 0;\\n\"\n      \
-         \"wgmma.mma_async.sync.aligned.m64n64k16.f32.{dtype}.{dtype} {{{}}}, %32, %33, p, 1, 1, 0, 0;\\n}}\"\n      : {}\n      \
+        "MLAC_DEVICE void wgmma_scores(float (&d)[{count}], u64 a, u64 b, int add) {{\n  asm volatile(\n      \"{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{}, 0;\\n\"\n      \
+         \"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{dtype}.{dtype} {{{}}}, %{count}, %{}, p, 1, 1, 0, 0;\\n}}\"\n      : {}\n      \
          : \"l\"(a), \"l\"(b), \"r\"(add));\n}}\n\n",
-        registers(0..32),
-        operands("+f", "d", 32),
+        count + 2,
+        registers(0..count),
+        count + 1,
+        operands("+f", "d", count),
     )
 }
 
@@ -199,5 +214,18 @@ fn wgmma_values(dtype: Dtype, columns: u32) -> String {
         count + 4,
         operands("+f", "d", count),
         operands("r", "a", 4),
+    )
+}
+
+/// The same with the weights in shared memory, contiguous along the tokens.
+fn wgmma_exchanged_values(dtype: Dtype, columns: u32) -> String {
+    let count = columns / 2;
+    format!(
+        "MLAC_DEVICE void wgmma_values(float (&d)[{count}], u64 a, u64 b) {{\n  asm volatile(\n      \
+         \"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} {{{}}}, %{count}, %{}, 1, 1, 1, 0, 1;\"\n      : {}\n      \
+         : \"l\"(a), \"l\"(b));\n}}\n",
+        registers(0..count),
+        count + 1,
+        operands("+f", "d", count),
     )
 }

@@ -146,10 +146,11 @@ inline float& accumulator(const Brought& all, int row, int column) {
   return all.d[thread][column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
 }
 
-inline void wgmma_scores(float (&d)[32], u64 a, u64 b, int add) {
+template <int N>
+void wgmma_scores(float (&d)[N], u64 a, u64 b, int add) {
   bring(d, nullptr, [=](const Brought& all) {
     for (int m = 0; m < 64; ++m)
-      for (int n = 0; n < 64; ++n) {
+      for (int n = 0; n < 2 * N; ++n) {
         float sum = 0.0f;
         for (int k = 0; k < 16; ++k) sum += element(a, false, m, k) * element(b, false, n, k);
         float& out = accumulator(all, m, n);
@@ -191,5 +192,22 @@ void wgmma_values(float (&d)[N], const u32* a, u64 b) {
         accumulator(all, m, n) += sum;
       }
     }
+  });
+}
+
+template <int N>
+void wgmma_values(float (&d)[N], u64 a, u64 b) {
+  bring(d, nullptr, [=](const Brought& all) {
+    static float weights[64][16], values[16][2 * N];
+    for (int k = 0; k < 16; ++k) {
+      for (int m = 0; m < 64; ++m) weights[m][k] = element(a, false, m, k);
+      for (int n = 0; n < 2 * N; ++n) values[k][n] = element(b, true, n, k);
+    }
+    for (int m = 0; m < 64; ++m)
+      for (int n = 0; n < 2 * N; ++n) {
+        float sum = 0.0f;
+        for (int k = 0; k < 16; ++k) sum += weights[m][k] * values[k][n];
+        accumulator(all, m, n) += sum;
+      }
   });
 }
