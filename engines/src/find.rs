@@ -9,7 +9,7 @@ use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use mlac_model::Refusal;
+use mlac_model::{Refusal, runtime};
 
 /// A library that mlac can load.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -254,25 +254,12 @@ pub(crate) fn search(library: Library, around: &Surroundings) -> Result<Search, 
 
 /// The folders to look in, in order.
 fn places(facts: &Facts, around: &Surroundings) -> Vec<(PathBuf, &'static str)> {
-    let mut places = Vec::new();
-    if let Some(folder) = around.variable("MLAC_RUNTIME_DIR") {
-        places.push((folder.join(facts.runtime), "MLAC_RUNTIME_DIR"));
-    }
-    if let Some(beside) = around.program.as_deref().and_then(Path::parent) {
-        places.push((
-            beside.join("runtime").join(facts.runtime),
-            "beside the program",
-        ));
-    }
-    for start in [&around.program, &around.current].into_iter().flatten() {
-        for above in start.ancestors() {
-            // Only where a `target/runtime` exists: the list of places stays readable.
-            let runtime = above.join("target").join("runtime");
-            if runtime.is_dir() {
-                places.push((runtime.join(facts.runtime), "target/runtime"));
-            }
-        }
-    }
+    let mut places = runtime::places(
+        facts.runtime,
+        around.variable("MLAC_RUNTIME_DIR").as_deref(),
+        around.program.as_deref(),
+        around.current.as_deref(),
+    );
     for packages in site_packages(around) {
         for wheel in facts.wheels {
             places.push((packages.join(wheel), "Python wheel"));

@@ -14,12 +14,16 @@
 //   kGroup          row tiles that one CTA computes together
 //   kPlanned        whether a plan divides the work (split KV), or a CTA takes whole units
 //   kMinSplit       fewest tiles in a piece of a split unit
-// MLAC_F16 is 1 when queries, cache and output are f16, 0 when they are bf16.
+//   kBuffers        dequantised tiles that are turned over, 0 without an FP8 cache
+// MLAC_F16 is 1 when queries and output are f16, 0 when they are bf16.
+// MLAC_FP8 is 1 when the cache is as `fp8.cuh` says and all factors of multiplications are f16; else they are what queries are.
 #pragma once
 #include "ptx.cuh"
 
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+
+constexpr bool kFp8 = MLAC_FP8;
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -32,7 +36,7 @@ constexpr int kUnits = kKvHeads > 1 || kGqa ? kKvHeads : ceil_div(kRowTiles, kGr
 // Mirrored by `params::DecodeParams` in Rust, field by field.
 struct DecodeParams {
   const void* q;           // MLA [batch, query tokens, heads, row]; GQA [batch, query tokens, kv heads * heads, d]
-  const void* cache;       // MLA [pages, page, row]; GQA keys [pages, page, kv heads, d]
+  const void* cache;       // MLA [pages, page, row] or as fp8.cuh says; GQA keys [pages, page, kv heads, d]
   const void* values;      // GQA values, as the keys; MLA null
   void* out;               // [batch, query tokens, all heads, rank or d]
   float* lse;              // [batch, query tokens, all heads], natural logarithm, without the sink
@@ -111,6 +115,9 @@ MLAC_DEVICE View view_of(int length, int token, u64 tree) {
   if (kMask == 2 && first < 0) view.hi = 0;
   return view;
 }
+
+// Two weights in the type of the multiplications.
+MLAC_DEVICE u32 pack_weights(float low, float high) { return kFp8 ? pack_f16(low, high) : pack(low, high); }
 
 struct Tiles {
   int begin;

@@ -54,6 +54,13 @@ MLAC_DEVICE void tma_load(u32 destination, const TensorMap* map, int c0, int c1,
       : "memory");
 }
 
+// A stretch of memory into shared memory; address and size are multiples of 16.
+MLAC_DEVICE void bulk_load(u32 destination, const void* source, int bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(destination), "l"(source),
+               "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 MLAC_DEVICE void tma_prefetch_map(const TensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }

@@ -3,14 +3,16 @@
 // 384 threads: one warpgroup loads (warp 0 the cache, warp 1 the queries), two warpgroups compute.
 //   kGroup = 1: the two take alternate tiles of one row tile and merge at the end of the piece.
 //   kGroup = 2: the two take all tiles, each for a row tile of its own; a tile is loaded once for both.
-//   kColumnGroups = 2 (latent beyond 256): both take all tiles of one row tile; each multiplies all scores, and half of the values.
+//   kColumnGroups = 2 (latent beyond 256): both take all tiles of one row tile; each multiplies the scores of half of a tile's tokens,
+//   and half of the values' columns. Between the two they exchange row maxima, and weights where the tile's rotated keys were.
 // A warpgroup's row tile is 64 heads of one query token, so masks are per column only.
-// Scores: wgmma m64n64k16, both operands in shared memory. Output: m64n{kOutColumns}k16, P in registers, V the same tile read by columns.
+// Scores: wgmma m64n{kScoreTokens}k16, both operands in shared memory. Output: m64n{kOutColumns}k16, weights in registers or, exchanged, in
+// shared memory, values the same tile read by columns.
 #pragma once
 #include "hopper.cuh"
 
 constexpr int kLatentTiles = kRank / 64;
-constexpr int kRowTiles64 = kLatentTiles + ceil_div(kRope, 64);  // 64-column tiles in a row
+constexpr int kRowTiles64 = kLatentTiles + ceil_div(kRope, 64);  // 64-column tiles of 16 bits in a row
 constexpr int kSubTile = 64 * 128;                               // bytes of 64 rows of one
 constexpr int kStageBytes = kRowTiles64 * kSubTile;
 constexpr int kQueryBytes = kGroup * kStageBytes;
@@ -19,37 +21,40 @@ constexpr int kConsumers = 256;
 // Whole 64-column tiles: with an odd number of them the two warpgroups share one, and write the same numbers there.
 constexpr int kOutColumns = ceil_div(kLatentTiles, kColumnGroups) * 64;
 constexpr int kOutRegisters = kOutColumns / 2;
+// Tokens of a tile whose scores a warpgroup multiplies.
+constexpr int kScoreTokens = kTile / kColumnGroups;
+constexpr int kScoreRegisters = kScoreTokens / 2;
+// Exchanged weights take the place of the tile's rotated keys, and none are kept in registers.
+constexpr int kWeightsInTile = kLatentTiles * kSubTile;
+constexpr int kWeightRegisters = MLAC_EXCHANGED ? 1 : 16;
 constexpr bool kSharedTiles = kGroup == 2 || kColumnGroups == 2;
-// With two stages, waiting for the next tile before the values of this one would leave nothing to do while it comes.
-constexpr bool kOverlap = kStages > 2;
+constexpr int kStageAt = kQueryBytes;  // of the dynamic shared memory, which begins at a multiple of 1024
 
-// The dynamic shared memory, from a multiple of 1024.
-constexpr int kStageAt = kQueryBytes;
-constexpr int kMergeAt = kStageAt + kStages * kStageBytes;  // float [2][64][2]
+// What a computing thread finds its tiles by.
+struct Ring {
+  u8* memory;
+  u32 full, empty;  // mbarriers of the stages
+  int group, warp, lane;
+};
+
+MLAC_DEVICE void warpgroup_barrier(int group) {
+  if (group == 0) named_barrier<1, 128>();
+  else named_barrier<2, 128>();
+}
+
+#if MLAC_FP8
+#include "sm90_fp8.cuh"
+#else
+#include "sm90_tiles.cuh"
+#endif
+#include "sm90_output.cuh"
+
 constexpr int kBarrierAt = kMergeAt + 1024;
 constexpr int kSharedBytes = kBarrierAt + 8 * (2 * kStages + 2);
 
 static_assert(kRank % 64 == 0 && kOutColumns <= 256, "a warpgroup's registers hold 64 x 256 of the output");
 static_assert(kGroup == 1 || kColumnGroups == 1, "the warpgroups share a tile in one way");
 static_assert(kRope % 16 == 0 && kTile == 64 && kPage == 64 && kHeadTile == 64, "one page is one tile");
-
-MLAC_DEVICE void load_cache(const DecodeParams& p, const TensorMap* map, u32 shared, u32 full, u32 empty) {
-  Walk walk(p);
-  Piece piece;
-  int count = 0;
-  while (walk.next(p, piece)) {
-    const int* pages = p.pages + (size_t)piece.request * p.page_stride;
-    for (int tile = piece.begin; tile < piece.end; ++tile, ++count) {
-      int stage = count % kStages;
-      int page = pages[tile];
-      barrier_wait(empty + 8 * stage, (count / kStages & 1) ^ 1);
-      barrier_expect(full + 8 * stage, kStageBytes);
-#pragma unroll
-      for (int c = 0; c < kRowTiles64; ++c)
-        tma_load(shared + kStageAt + stage * kStageBytes + c * kSubTile, map, c * 64, 0, page, full + 8 * stage);
-    }
-  }
-}
 
 MLAC_DEVICE void load_queries(const DecodeParams& p, const TensorMap* map, u32 shared, u32 full, u32 empty) {
   Walk walk(p);
@@ -70,94 +75,7 @@ MLAC_DEVICE void load_queries(const DecodeParams& p, const TensorMap* map, u32 s
   }
 }
 
-// Writes a half of this thread's columns where `out` starts; rows that are no heads are left out.
-template <int Half, bool Final>
-MLAC_DEVICE void store_half(const float (&o)[kOutRegisters], void* out, int row, int rows, int column) {
-#pragma unroll
-  for (int i = Half * kOutRegisters / 2; i < (Half + 1) * kOutRegisters / 2; i += 4) {
-    int c = i * 2 + column;
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      if (row + 8 * r >= rows) continue;
-      size_t at = (size_t)(row + 8 * r) * kRank + c;
-      if (Final) static_cast<u32*>(out)[at / 2] = pack(o[i + 2 * r], o[i + 2 * r + 1]);
-      else static_cast<float2*>(out)[at / 2] = make_float2(o[i + 2 * r], o[i + 2 * r + 1]);
-    }
-  }
-}
-
-template <int Half>
-MLAC_DEVICE void put_half(const float (&o)[kOutRegisters], float* exchange, int thread) {
-#pragma unroll
-  for (int i = 0; i < kOutRegisters / 2; ++i) exchange[i * 128 + thread] = o[Half * kOutRegisters / 2 + i];
-}
-
-// o = scale_own * o + scale_other * other, always warpgroup 0's term first.
-template <int Half, bool OwnFirst>
-MLAC_DEVICE void add_half(float (&o)[kOutRegisters], const float* exchange, int thread, const float (&own)[2],
-                          const float (&other)[2]) {
-#pragma unroll
-  for (int i = 0; i < kOutRegisters / 2; ++i) {
-    int r = i / 2 % 2;
-    float mine = o[Half * kOutRegisters / 2 + i] * own[r];
-    float theirs = exchange[i * 128 + thread] * other[r];
-    o[Half * kOutRegisters / 2 + i] = OwnFirst ? mine + theirs : theirs + mine;
-  }
-}
-
-// Scales this warpgroup's columns by the inverse denominators and stores them.
-template <int Half>
-MLAC_DEVICE void finish_half(float (&o)[kOutRegisters], const DecodeParams& p, const Piece& piece, int row_tile, int slot_row,
-                             const float (&inverse)[2], int row, int column) {
-#pragma unroll
-  for (int i = Half * kOutRegisters / 2; i < (Half + 1) * kOutRegisters / 2; ++i) o[i] *= inverse[i / 2 % 2];
-  if (piece.slot >= 0) {
-    store_half<Half, false>(o, p.out_part + (size_t)slot_row * kRank, row, 64, column);
-  } else {
-    int head = row_tile % kHeadTiles * 64;
-    size_t first = ((size_t)piece.request * kQueryTokens + row_tile / kHeadTiles) * kHeads + head;
-    store_half<Half, true>(o, static_cast<u16*>(p.out) + first * kRank, row, kHeads - head, column);
-  }
-}
-
-// The inverse denominators of this thread's two rows; their LSE is stored by one thread of the four that share a row.
-MLAC_DEVICE void denominators(const DecodeParams& p, const Piece& piece, int row_tile, int slot_row, const float (&peak)[2],
-                              const float (&sum)[2], int row, bool store, float (&inverse)[2]) {
-  const float scale = p.scale * kLog2e;
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    int head = row_tile % kHeadTiles * 64 + row + 8 * r;
-    float top = peak[r] == minus_infinity() ? 0.0f : peak[r] * scale;
-    float denominator = sum[r];
-    float lse = sum[r] > 0.0f ? top + log2_fast(sum[r]) : minus_infinity();
-    if (piece.slot >= 0) {
-      if (store) p.lse_part[slot_row + row + 8 * r] = lse;
-    } else if (head < kHeads) {
-      if (kSinks) denominator += exp2_fast(p.sinks[head] * kLog2e - top);
-      size_t at = ((size_t)piece.request * kQueryTokens + row_tile / kHeadTiles) * kHeads + head;
-      if (store) p.lse[at] = lse * kLn2;
-    }
-    inverse[r] = sum[r] > 0.0f ? reciprocal(denominator) : 0.0f;
-  }
-}
-
-// Waits for a tile. The last page's rows beyond the request may hold anything: as values they would meet weights of zero,
-// and 0 * NaN is NaN. They become zeros; when two warpgroups share the tile, both write the same ones.
-MLAC_DEVICE void await_tile(u8* memory, u32 full, int stage, int count, const Piece& piece, int i, int group, int warp, int lane) {
-  barrier_wait(full + 8 * stage, count / kStages & 1);
-  const int start = (piece.begin + i) * kTile;
-  if (start + kTile > piece.length) {
-    u8* bytes = memory + kStageAt + stage * kStageBytes;
-    for (int r = piece.length - start + warp; r < kTile; r += 4)
-#pragma unroll
-      for (int c = 0; c < kLatentTiles; ++c) *reinterpret_cast<u32*>(bytes + c * kSubTile + r * 128 + lane * 4) = 0;
-    fence_async_proxy();
-    if (group == 0) named_barrier<1, 128>();
-    else named_barrier<2, 128>();
-  }
-}
-
-MLAC_DEVICE void multiply_scores(float (&s)[32], u32 query, u32 tile) {
+MLAC_DEVICE void multiply_scores(float (&s)[kScoreRegisters], u32 query, u32 tile) {
 #pragma unroll
   for (int k = 0; k < kScoreSteps; ++k) {
     u32 at = k / 4 * kSubTile + k % 4 * 32;
@@ -165,46 +83,77 @@ MLAC_DEVICE void multiply_scores(float (&s)[32], u32 query, u32 tile) {
   }
 }
 
-MLAC_DEVICE void multiply_values(float (&o)[kOutRegisters], const u32 (&weights)[16], u32 tile) {
+#if MLAC_EXCHANGED
+// Weights of all of a tile's tokens, which both warpgroups put there.
+MLAC_DEVICE void multiply_values(float (&o)[kOutRegisters], const u32 (&)[1], u32 weights, u32 tile) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k)
+    wgmma_values(o, descriptor(kDescriptorK, weights + k * 32), descriptor(kDescriptorMn, tile + k * 2048));
+}
+#else
+MLAC_DEVICE void multiply_values(float (&o)[kOutRegisters], const u32 (&weights)[16], u32, u32 tile) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) wgmma_values(o, weights + 4 * k, descriptor(kDescriptorMn, tile + k * 2048));
 }
+#endif
 
 // Only the bounds of what is seen whole stay in registers; a tile at an edge asks for the rest again.
 struct Edges {
   int from, to;
 };
 
-// Masks, running maximum, weights in place of the scores, denominators.
-MLAC_DEVICE void soften(float (&s)[32], const DecodeParams& p, const Piece& piece, int token, const Edges& edges, int start, int column,
-                        float scale, float (&peak)[2], float (&sum)[2], float (&rescale)[2]) {
-  if (start < edges.from || start + kTile > edges.to) {
-    const View view = view_of(piece.length, token, kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0);
-    const u64 seen = view.columns(start) >> column;
+// Scores of tokens that are not seen become minus infinity.
+MLAC_DEVICE void mask(float (&s)[kScoreRegisters], const DecodeParams& p, const Piece& piece, int token, const Edges& edges, int start, int column) {
+  if (start >= edges.from && start + kTile <= edges.to) return;
+  const View view = view_of(piece.length, token, kMask == 2 ? p.tree[piece.request * kQueryTokens + token] : 0);
+  const u64 seen = view.columns(start) >> column;
 #pragma unroll
-    for (int j = 0; j < 32; ++j)
-      if (!(seen >> (j / 4 * 8 + j % 2) & 1)) s[j] = minus_infinity();
-  }
+  for (int j = 0; j < kScoreRegisters; ++j)
+    if (!(seen >> (j / 4 * 8 + j % 2) & 1)) s[j] = minus_infinity();
+}
+
+// Masks, running maximum, weights in place of the scores and, when they are exchanged, in shared memory, denominators.
+MLAC_DEVICE void soften(float (&s)[kScoreRegisters], const DecodeParams& p, const Ring& ring, const Piece& piece, int token,
+                        const Edges& edges, int start, int slot, int row, int column, float scale, float (&peak)[2], float (&sum)[2],
+                        float (&rescale)[2]) {
+  mask(s, p, piece, token, edges, start, column);
+  float top[2];
+  tops(s, ring, slot, column, scale, top);
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
-    float top = s[2 * r];
-#pragma unroll
-    for (int j = 0; j < 32; j += 4) top = fmaxf(top, fmaxf(s[j + 2 * r], s[j + 2 * r + 1]));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 1));
-    top = fmaxf(top, __shfl_xor_sync(~0u, top, 2));
-    top = fmaxf(top, peak[r]);
-    float anchor = top == minus_infinity() ? 0.0f : top * scale;
-    rescale[r] = exp2_fast(peak[r] * scale - anchor);
-    peak[r] = top;
-    float added = 0.0f;
-#pragma unroll
-    for (int j = 0; j < 32; j += 4) {
-      s[j + 2 * r] = exp2_fast(s[j + 2 * r] * scale - anchor);
-      s[j + 2 * r + 1] = exp2_fast(s[j + 2 * r + 1] * scale - anchor);
-      added += s[j + 2 * r] + s[j + 2 * r + 1];
-    }
-    sum[r] = sum[r] * rescale[r] + added;
+    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 1));
+    top[r] = fmaxf(top[r], __shfl_xor_sync(~0u, top[r], 2));
   }
+#if MLAC_EXCHANGED
+  float* tops_of_rows = reinterpret_cast<float*>(ring.memory + kMergeAt);  // [2][64]
+  if (ring.lane % 4 == 0) {
+    tops_of_rows[ring.group * 64 + row] = top[0];
+    tops_of_rows[ring.group * 64 + row + 8] = top[1];
+  }
+  // Both have multiplied their scores: the rotated keys are done with.
+  named_barrier<3, kConsumers>();
+#pragma unroll
+  for (int r = 0; r < 2; ++r) top[r] = fmaxf(tops_of_rows[row + 8 * r], tops_of_rows[64 + row + 8 * r]);
+#endif
+  weigh(s, ring, slot, column, scale, top, peak, sum, rescale);
+#if MLAC_EXCHANGED
+  u8* shared_weights = ring.memory + kTileAt + slot * kStageBytes + kWeightsInTile;
+#pragma unroll
+  for (int j = 0; j < kScoreRegisters; j += 2) {
+    const int at_row = row + j / 2 % 2 * 8, at = j / 4 * 8 + column;
+    *reinterpret_cast<u32*>(shared_weights + at_row * 128 + ((at / 8 ^ at_row) & 7) * 16 + at % 8 * 2) = pack_weights(s[j], s[j + 1]);
+  }
+  fence_async_proxy();
+  named_barrier<4, kConsumers>();
+#endif
+}
+
+// Weights that are not exchanged stay in registers, once the values of the tile before are multiplied.
+MLAC_DEVICE void keep_weights(u32 (&weights)[kWeightRegisters], const float (&s)[kScoreRegisters]) {
+#if !MLAC_EXCHANGED
+#pragma unroll
+  for (int j = 0; j < kWeightRegisters; ++j) weights[j] = pack_weights(s[2 * j], s[2 * j + 1]);
+#endif
 }
 
 MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full, u32 empty, u32 query_full, u32 query_empty) {
@@ -213,8 +162,11 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
   const int warp = thread / 32, lane = thread % 32;
   const int row = warp * 16 + lane / 4;
   const int column = lane % 4 * 2;
+  const int token_column = column + (kColumnGroups == 2 ? group * kScoreTokens : 0);
   // The first of this warpgroup's output columns, in 64-column tiles.
   const int value_tile = kColumnGroups == 2 ? group * (kLatentTiles - kOutColumns / 64) : 0;
+  const u32 score_rows = kColumnGroups == 2 ? group * kScoreTokens * 128 : 0;  // bytes to its tokens in a 64-column tile
+  const Ring ring{memory, full, empty, group, warp, lane};
   const float scale = p.scale * kLog2e;
   float* exchange = reinterpret_cast<float*>(memory);  // the queries' memory, when they are done with
   float* merge = reinterpret_cast<float*>(memory + kMergeAt);
@@ -242,63 +194,64 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
 
     barrier_wait(query_full, query_parity);
     query_parity ^= 1;
+    prepare_queries(ring);
     const u32 query = shared + (kGroup == 2 ? group * kStageBytes : 0);
     const int count = piece.end - piece.begin;
-    float s[32];
-    u32 weights[16];
+    float s[kScoreRegisters];
+    u32 weights[kWeightRegisters] = {};
     float rescale[2];
     // The scores of tile i are multiplied while the values of the tile before still are, and its softmax runs beside them.
     constexpr int kStep = kSharedTiles ? 1 : 2;
     int i = kSharedTiles ? 0 : group;
     while (i < count) {
-      int stage = (base + i) % kStages;
-      await_tile(memory, full, stage, base + i, piece, i, group, warp, lane);
+      int slot = tile_slot(base + i, group);
+      await_tile(ring, slot, base + i, piece, i);
       pin(s);
       wgmma_fence();
-      multiply_scores(s, query, shared + kStageAt + stage * kStageBytes);
+      multiply_scores(s, query, shared + kTileAt + slot * kStageBytes + score_rows);
       wgmma_commit();
       wgmma_wait<0>();
       pin(s);
-      soften(s, p, piece, token, edges, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
+      soften(s, p, ring, piece, token, edges, (piece.begin + i) * kTile, slot, row, token_column, scale, peak, sum, rescale);
       if (!kOverlap) {
 #pragma unroll
         for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
       }
-#pragma unroll
-      for (int j = 0; j < 16; ++j) weights[j] = pack(s[2 * j], s[2 * j + 1]);
-      int held = stage;
+      keep_weights(weights, s);
+      int held = slot;
       for (i += kStep; kOverlap && i < count; i += kStep) {
-        stage = (base + i) % kStages;
-        await_tile(memory, full, stage, base + i, piece, i, group, warp, lane);
+        slot = tile_slot(base + i, group);
+        await_tile(ring, slot, base + i, piece, i);
         pin(s);
         pin(o);
         pin(weights);
         wgmma_fence();
-        multiply_scores(s, query, shared + kStageAt + stage * kStageBytes);
+        multiply_scores(s, query, shared + kTileAt + slot * kStageBytes + score_rows);
         wgmma_commit();
-        multiply_values(o, weights, shared + kStageAt + held * kStageBytes + value_tile * kSubTile);
+        multiply_values(o, weights, shared + kTileAt + held * kStageBytes + kWeightsInTile,
+                      shared + kTileAt + held * kStageBytes + value_tile * kSubTile);
         wgmma_commit();
         wgmma_wait<1>();
         pin(s);
-        soften(s, p, piece, token, edges, (piece.begin + i) * kTile, column, scale, peak, sum, rescale);
+        soften(s, p, ring, piece, token, edges, (piece.begin + i) * kTile, slot, row, token_column, scale, peak, sum, rescale);
         wgmma_wait<0>();
         pin(o);
         pin(weights);
-        if (lane == 0) barrier_arrive(empty + 8 * held);
-        held = stage;
-#pragma unroll
-        for (int j = 0; j < 16; ++j) weights[j] = pack(s[2 * j], s[2 * j + 1]);
+        release_tile(ring, held);
+        held = slot;
+        keep_weights(weights, s);
 #pragma unroll
         for (int j = 0; j < kOutRegisters; ++j) o[j] *= rescale[j / 2 % 2];
       }
       pin(o);
       pin(weights);
       wgmma_fence();
-      multiply_values(o, weights, shared + kStageAt + held * kStageBytes + value_tile * kSubTile);
+      multiply_values(o, weights, shared + kTileAt + held * kStageBytes + kWeightsInTile,
+                      shared + kTileAt + held * kStageBytes + value_tile * kSubTile);
       wgmma_commit();
       wgmma_wait<0>();
       pin(o);
-      if (lane == 0) barrier_arrive(empty + 8 * held);
+      release_tile(ring, held);
     }
     base += count;
 
@@ -307,6 +260,18 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
       sum[r] += __shfl_xor_sync(~0u, sum[r], 1);
       sum[r] += __shfl_xor_sync(~0u, sum[r], 2);
     }
+#if MLAC_EXCHANGED
+    // Each has the weights of half of the tokens.
+    float* sums = merge + 128;  // [2][64]
+    if (lane % 4 == 0) {
+      sums[group * 64 + row] = sum[0];
+      sums[group * 64 + row + 8] = sum[1];
+    }
+    named_barrier<5, kConsumers>();
+    sum[0] = sums[row] + sums[64 + row];
+    sum[1] = sums[row + 8] + sums[64 + row + 8];
+    named_barrier<6, kConsumers>();  // read: the next piece may write
+#endif
     float inverse[2];
     const bool store = lane % 4 == 0;
     if (kSharedTiles) {
@@ -336,8 +301,8 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
       float peak0 = merge[(row + 8 * r) * 2], sum0 = merge[(row + 8 * r) * 2 + 1];
       float peak1 = merge[(64 + row + 8 * r) * 2], sum1 = merge[(64 + row + 8 * r) * 2 + 1];
       top[r] = fmaxf(peak0, peak1);
-      float anchor = top[r] == minus_infinity() ? 0.0f : top[r] * scale;
-      float scale0 = exp2_fast(peak0 * scale - anchor), scale1 = exp2_fast(peak1 * scale - anchor);
+      float anchor = top[r] == minus_infinity() ? 0.0f : top[r] * peak_scale(p);
+      float scale0 = exp2_fast(peak0 * peak_scale(p) - anchor), scale1 = exp2_fast(peak1 * peak_scale(p) - anchor);
       all[r] = sum0 * scale0 + sum1 * scale1;
       own[r] = group == 0 ? scale0 : scale1;
       other[r] = group == 0 ? scale1 : scale0;
@@ -367,8 +332,11 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
 }
 
 MLAC_KERNEL __launch_bounds__(384, 1)
-mlac_decode(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMap query_map,
-            const __grid_constant__ TensorMap cache_map) {
+mlac_decode(const __grid_constant__ DecodeParams p, const __grid_constant__ TensorMap query_map
+#if !MLAC_FP8
+            , const __grid_constant__ TensorMap cache_map
+#endif
+) {
   MLAC_DYNAMIC_SHARED(memory);
   const u32 shared = shared_address(memory);
   const u32 full = shared + kBarrierAt;
@@ -383,13 +351,19 @@ mlac_decode(const __grid_constant__ DecodeParams p, const __grid_constant__ Tens
     barrier_init(query_empty, kSharedTiles ? 8 : 4);
     fence_barrier_init();
     tma_prefetch_map(&query_map);
+#if !MLAC_FP8
     tma_prefetch_map(&cache_map);
+#endif
   }
   __syncthreads();
   wait_for_previous_kernel();
   if (threadIdx.x < 128) {
     keep_registers<24>();
+#if MLAC_FP8
+    if (threadIdx.x == 0) load_cache(p, shared, full, empty);
+#else
     if (threadIdx.x == 0) load_cache(p, &cache_map, shared, full, empty);
+#endif
     if (threadIdx.x == 32) load_queries(p, &query_map, shared, query_full, query_empty);
     if (threadIdx.x == 64) let_next_kernel_start();
   } else {

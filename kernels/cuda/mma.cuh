@@ -37,7 +37,7 @@ MLAC_DEVICE void load_4_transposed(u32 (&m)[4], u32 address) {
 // d += a * b: 16 x 8 x 16. Thread l holds of d rows l / 4 and l / 4 + 8, columns 2 * (l % 4) and the next.
 MLAC_DEVICE void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   asm volatile(
-#if MLAC_F16
+#if MLAC_F16 || MLAC_FP8
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
 #else
       "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

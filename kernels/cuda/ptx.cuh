@@ -31,15 +31,22 @@ MLAC_DEVICE float reciprocal(float x) {
 
 MLAC_DEVICE float minus_infinity() { return __int_as_float(0xff800000); }
 
-// Two numbers in the cache's type, `low` in the lower half.
-MLAC_DEVICE u32 pack(float low, float high) {
+// Two f16 numbers, `low` in the lower half.
+MLAC_DEVICE u32 pack_f16(float low, float high) {
   u32 y;
-#if MLAC_F16
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#else
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
-#endif
   return y;
+}
+
+// Two numbers in the type of queries and output, `low` in the lower half.
+MLAC_DEVICE u32 pack(float low, float high) {
+#if MLAC_F16
+  return pack_f16(low, high);
+#else
+  u32 y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+#endif
 }
 
 MLAC_DEVICE float unpack(u16 bits) {
@@ -53,6 +60,22 @@ MLAC_DEVICE float unpack(u16 bits) {
 }
 
 MLAC_DEVICE u16 narrow(float x) { return (u16)pack(x, 0.0f); }
+
+// The products of two pairs of f16.
+MLAC_DEVICE u32 multiply_f16(u32 a, u32 b) {
+  u32 y;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
+  return y;
+}
+
+#if MLAC_ARCH >= 890
+// Two e4m3 numbers as f16, exactly; the one of the lower byte in the lower half.
+MLAC_DEVICE u32 widen_e4m3(u16 codes) {
+  u32 y;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(y) : "h"(codes));
+  return y;
+}
+#endif
 
 // Programmatic dependent launch: both are nothing when the launch did not ask for it.
 MLAC_DEVICE void wait_for_previous_kernel() {

@@ -56,8 +56,8 @@ impl Arch {
     }
 
     /// Whether warpgroup multiplication and the tensor memory accelerator are there.
-    pub fn has_wgmma(self) -> bool {
-        self == Self::Sm90a
+    pub const fn has_wgmma(self) -> bool {
+        matches!(self, Self::Sm90a)
     }
 }
 

@@ -135,7 +135,19 @@ impl Cache {
     /// # Errors
     /// When nothing computes the request, it does not compile, or the folder cannot be written.
     pub fn get(&self, desc: &AttentionDesc, compiler: &Compiler) -> Result<Cubin> {
-        let config = AttentionConfig::choose(desc)?;
+        self.get_with(desc, AttentionConfig::choose(desc)?, compiler)
+    }
+
+    /// As [`get`](Self::get) with another choice than [`AttentionConfig::choose`] makes.
+    ///
+    /// # Errors
+    /// As [`get`](Self::get).
+    pub fn get_with(
+        &self,
+        desc: &AttentionDesc,
+        config: AttentionConfig,
+        compiler: &Compiler,
+    ) -> Result<Cubin> {
         let source = Source::of(desc, &config);
         let name = format!(
             "{}-{}",
@@ -144,6 +156,7 @@ impl Cache {
         );
         if let Some(found) = self.open(&name)
             && found.entry.desc == *desc
+            && found.entry.config == config
         {
             return Ok(found);
         }

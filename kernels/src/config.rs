@@ -5,7 +5,7 @@ use std::fmt;
 use mlac_model::Refusal;
 use serde::{Deserialize, Serialize};
 
-use crate::desc::{Attention, AttentionDesc};
+use crate::desc::{Attention, AttentionDesc, CacheDtype};
 
 /// Which source computes it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -15,7 +15,9 @@ pub enum Kernel {
     LatentWgmma,
     /// `mla_mma.cuh`: cp.async, ldmatrix, mma.sync.
     LatentMma,
-    /// `gqa_mma.cuh`: the baseline.
+    /// `gqa_sm90.cuh`: the baseline, with TMA and wgmma.
+    GroupedWgmma,
+    /// `gqa_mma.cuh`: the baseline, with mma.sync.
     GroupedMma,
 }
 
@@ -25,6 +27,7 @@ impl Kernel {
         match self {
             Self::LatentWgmma => "mla_sm90.cuh",
             Self::LatentMma => "mla_mma.cuh",
+            Self::GroupedWgmma => "gqa_sm90.cuh",
             Self::GroupedMma => "gqa_mma.cuh",
         }
     }
@@ -45,8 +48,10 @@ pub struct AttentionConfig {
     pub streams: u32,
     /// Warps that divide a row group's tokens and columns (`LatentMma`), warpgroups that divide the columns (`LatentWgmma`).
     pub column_groups: u32,
-    /// Tiles in flight in shared memory (`GroupedMma`: of each warp).
+    /// Tiles in flight in shared memory (`GroupedMma`: of each warp). FP8 caches: as they lie in the cache.
     pub stages: u32,
+    /// FP8 caches: dequantised tiles that each set of computing warps turns over; else 0.
+    pub buffers: u32,
     /// Threads of a CTA.
     pub threads: u32,
     /// Dynamic shared memory of a CTA, in bytes.
@@ -59,9 +64,11 @@ pub struct AttentionConfig {
     pub reasons: Vec<String>,
 }
 
-/// Tokens below which a piece of a divided cache is not worth its merge.
-const MIN_SPLIT_TOKENS: u32 = 512;
+/// Tokens below which a piece of a divided cache is not worth its merge: a guess, which `gpu-check` measures.
+pub const MIN_SPLIT_TOKENS: u32 = 512;
 const MAX_STAGES: u32 = 8;
+/// Factors of a dequantised tile's tokens, and their logarithms.
+const SCALES_BYTES: u32 = 64 * 8;
 
 impl AttentionConfig {
     /// Chooses for a request.
@@ -75,7 +82,12 @@ impl AttentionConfig {
                 Self::latent_wgmma(desc, kv_lora_rank)
             }
             Attention::Latent { .. } => Self::latent_mma(desc)?,
-            Attention::Grouped { kv_heads, head_dim } => Self::grouped(desc, kv_heads, head_dim),
+            Attention::Grouped { kv_heads, head_dim } if desc.arch.has_wgmma() => {
+                Self::grouped_wgmma(desc, kv_heads, head_dim)
+            }
+            Attention::Grouped { kv_heads, head_dim } => {
+                Self::grouped_mma(desc, kv_heads, head_dim)
+            }
         };
         config.divide(desc);
         let limit = desc.arch.shared_memory();
@@ -93,42 +105,72 @@ impl AttentionConfig {
         } else {
             1
         };
-        let stage = latent_stage_bytes(desc);
-        let rest = |stages: u32| 1024 + 8 * (2 * stages + 2);
+        let shared = group == 2 || column_groups == 2;
+        let limit = desc.arch.shared_memory();
+        let tile = latent_tile_bytes(desc);
+        // Queries, what lies beside the stages, a stage.
+        let bytes = |buffers: u32, stages: u32| {
+            let rest = 1024 + 8 * (2 * stages + 2);
+            let dequantised = buffers * if shared { 1 } else { 2 };
+            let stage = if buffers == 0 {
+                tile
+            } else {
+                desc.page_bytes() as u32
+            };
+            group * tile + dequantised * (tile + SCALES_BYTES) + stages * stage + rest
+        };
+        // Dequantised tiles: two where warpgroups share them and there is room, so that the next is made while one is multiplied.
+        let buffers = match desc.cache {
+            CacheDtype::Same => 0,
+            CacheDtype::E4m3 if shared && bytes(2, 2) <= limit => 2,
+            CacheDtype::E4m3 => 1,
+        };
         let stages = (2..=MAX_STAGES)
             .rev()
-            .find(|&s| group * stage + s * stage + rest(s) <= desc.arch.shared_memory())
+            .find(|&stages| bytes(buffers, stages) <= limit)
             .unwrap_or(2);
+        let shared_bytes = bytes(buffers, stages);
         let mut reasons = vec![
             "wgmma: the output of 64 heads fits into a warpgroup's registers up to a latent of 256"
                 .to_owned(),
         ];
         reasons.push(if column_groups == 2 {
-            "beyond that two warpgroups share every cache tile and row tile: each multiplies all scores, and half of the values".to_owned()
+            "beyond that two warpgroups share every cache tile and row tile: each multiplies the scores of half of the tokens and half of the values' columns, and they exchange maxima and weights".to_owned()
         } else if group == 2 {
             format!("{row_tiles} row tiles: two share every cache tile, one for each computing warpgroup")
         } else {
             "one row tile: the two computing warpgroups take alternate cache tiles and merge at the end".to_owned()
         });
+        if buffers > 0 {
+            reasons.push(format!(
+                "e4m3 becomes f16 in shared memory, {} dequantised: {} of {tile} bytes",
+                if shared {
+                    "each tile once, by both warpgroups,"
+                } else {
+                    "each tile by the warpgroup that takes it,"
+                },
+                buffers * if shared { 1 } else { 2 },
+            ));
+        }
+        let stage = if buffers == 0 {
+            tile
+        } else {
+            desc.page_bytes() as u32
+        };
         reasons.push(format!(
-            "{stages} stages of {stage} bytes: {} of {} bytes of shared memory",
-            group * stage + stages * stage + rest(stages),
-            desc.arch.shared_memory()
+            "{stages} stages of {stage} bytes: {shared_bytes} of {limit} bytes of shared memory"
         ));
         Self {
             kernel: Kernel::LatentWgmma,
             tile: 64,
             head_tile: 64,
             group,
-            streams: if group == 2 || column_groups == 2 {
-                1
-            } else {
-                2
-            },
+            streams: if shared { 1 } else { 2 },
             column_groups,
             stages,
+            buffers,
             threads: 384,
-            shared_bytes: (group + stages) * stage + rest(stages),
+            shared_bytes,
             planned: true,
             min_split: 1,
             reasons,
@@ -137,8 +179,15 @@ impl AttentionConfig {
 
     fn latent_mma(desc: &AttentionDesc) -> Result<Self, Refusal> {
         let pitch = (desc.row() + 8) * 2;
+        let buffers = u32::from(desc.cache == CacheDtype::E4m3);
         let bytes = |heads: u32, tile: u32, stages: u32, warps: u32| {
-            heads * pitch + stages * tile * pitch + heads * (tile + 8) * 2 + warps * 16 * 4
+            let tiles = if buffers == 0 {
+                stages * tile * pitch
+            } else {
+                // Dequantised, with factor and its logarithm for each token; then as they lie in the cache.
+                tile * (pitch + 8) + stages * tile * desc.cache_bytes_per_token() as u32
+            };
+            heads * pitch + tiles + heads * (tile + 8) * 2 + warps * 16 * 4
         };
         let limit = desc.arch.shared_memory();
         // Head tiles first: each reads the whole cache. Then the tile, then the stages.
@@ -165,6 +214,9 @@ impl AttentionConfig {
         reasons.push(format!(
             "{heads} heads a row tile, tiles of {tile} tokens: the fewest row tiles, then the most tokens, of which two stages fit"
         ));
+        if buffers > 0 {
+            reasons.push("e4m3 becomes f16 in shared memory, one tile at a time".to_owned());
+        }
         reasons.push(format!(
             "{stages} stages: {shared} of {limit} bytes of shared memory"
         ));
@@ -176,6 +228,7 @@ impl AttentionConfig {
             streams: 1,
             column_groups,
             stages,
+            buffers,
             threads: warps * 32,
             shared_bytes: shared,
             planned: true,
@@ -184,7 +237,39 @@ impl AttentionConfig {
         })
     }
 
-    fn grouped(desc: &AttentionDesc, kv_heads: u32, head_dim: u32) -> Self {
+    fn grouped_wgmma(desc: &AttentionDesc, kv_heads: u32, head_dim: u32) -> Self {
+        let heads = desc.query_heads / kv_heads;
+        let rows = heads * desc.query_tokens;
+        let stage = 2 * 64 * head_dim * 2;
+        let limit = desc.arch.shared_memory();
+        let bytes = |stages: u32| stages * stage + rows * (head_dim * 4 + 8) + 8 * 2 * stages;
+        let stages = (limit - bytes(0)) / (stage + 16);
+        let shared_bytes = bytes(stages);
+        Self {
+            kernel: Kernel::GroupedWgmma,
+            tile: 64,
+            head_tile: heads,
+            group: 1,
+            streams: 2,
+            column_groups: 1,
+            stages,
+            buffers: 0,
+            threads: 384,
+            shared_bytes,
+            planned: true,
+            min_split: 1,
+            reasons: vec![
+                format!(
+                    "wgmma: {rows} rows of a KV head are padded to 64, and reading the cache still takes the longest"
+                ),
+                format!(
+                    "{stages} stages of {stage} bytes, keys and values of 64 tokens, by TMA: {shared_bytes} of {limit} bytes of shared memory"
+                ),
+            ],
+        }
+    }
+
+    fn grouped_mma(desc: &AttentionDesc, kv_heads: u32, head_dim: u32) -> Self {
         let heads = desc.query_heads / kv_heads;
         let blocks = (heads * desc.query_tokens).div_ceil(16);
         let tile = 32;
@@ -217,6 +302,7 @@ impl AttentionConfig {
             streams: warps,
             column_groups: 1,
             stages,
+            buffers: 0,
             threads: warps * 32,
             shared_bytes: shared,
             planned: true,
@@ -234,6 +320,17 @@ impl AttentionConfig {
         }
     }
 
+    /// The same with another smallest piece of a divided cache, to measure it; what is undivided stays so.
+    #[must_use]
+    pub fn with_min_split(mut self, tokens: u32) -> Self {
+        if self.planned {
+            self.min_split = tokens.div_ceil(self.tile);
+            self.reasons.pop();
+            self.reasons.push(split_reason(self.min_split * self.tile));
+        }
+        self
+    }
+
     /// Whether and how finely the cache is divided.
     fn divide(&mut self, desc: &AttentionDesc) {
         self.min_split = MIN_SPLIT_TOKENS.div_ceil(self.tile);
@@ -249,10 +346,7 @@ impl AttentionConfig {
                 return;
             }
         }
-        self.reasons.push(format!(
-            "split KV: pieces of at least {} tokens, divided on the device",
-            self.min_split * self.tile
-        ));
+        self.reasons.push(split_reason(self.min_split * self.tile));
     }
 
     /// Units of work of a request: row-tile groups, or KV heads.
@@ -273,6 +367,11 @@ impl AttentionConfig {
         }
     }
 
+    /// Whether `LatentWgmma` multiplies the scores of a tile while it does the values of the one before.
+    fn overlaps(&self) -> bool {
+        self.stages > 2 && self.buffers == 0
+    }
+
     /// Tensor-core and TMA instructions that the disassembly of the decode kernel must show.
     pub fn expected_instructions(&self, desc: &AttentionDesc) -> Expected {
         match (self.kernel, desc.attention) {
@@ -283,9 +382,12 @@ impl AttentionConfig {
                     rope_dim,
                 },
             ) => Expected {
-                // The first tile's scores and the last tile's values stand outside of the loop of more than two stages.
-                hgmma: if self.stages > 2 { 2 } else { 1 } * ((kv_lora_rank + rope_dim) / 16 + 4),
-                utmaldg: (1 + self.group) * (kv_lora_rank / 64 + rope_dim.div_ceil(64)),
+                // The first tile's scores and the last tile's values stand outside of the loop that overlaps tiles.
+                hgmma: if self.overlaps() { 2 } else { 1 } * ((kv_lora_rank + rope_dim) / 16 + 4),
+                // Pages of an FP8 cache are copied whole, without a tensor map.
+                utmaldg: (u32::from(self.buffers == 0) + self.group)
+                    * (kv_lora_rank / 64 + rope_dim.div_ceil(64)),
+                ublkcp: u32::from(self.buffers > 0),
                 hmma: 0,
             },
             (Kernel::LatentMma, _) => {
@@ -294,15 +396,23 @@ impl AttentionConfig {
                 Expected {
                     hgmma: 0,
                     utmaldg: 0,
+                    ublkcp: 0,
                     hmma: scores + values,
                 }
             }
+            (Kernel::GroupedWgmma, _) => Expected {
+                hgmma: desc.row() / 16 + 4,
+                utmaldg: 2 * (desc.row() / 64),
+                ublkcp: 0,
+                hmma: 0,
+            },
             (Kernel::GroupedMma | Kernel::LatentWgmma, _) => {
                 let row = desc.row();
                 let blocks = (self.head_tile * desc.query_tokens).div_ceil(16);
                 Expected {
                     hgmma: 0,
                     utmaldg: 0,
+                    ublkcp: 0,
                     hmma: blocks * (self.tile / 8 * row / 16 + self.tile / 16 * row / 8),
                 }
             }
@@ -310,19 +420,21 @@ impl AttentionConfig {
     }
 }
 
-/// Instructions of the decode kernel: exactly so many HGMMA and UTMALDG, at least so many HMMA (loops may be unrolled).
+/// Instructions of the decode kernel: exactly so many HGMMA, UTMALDG and UBLKCP, at least so many HMMA (loops may be unrolled).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Expected {
     /// Warpgroup multiplications.
     pub hgmma: u32,
-    /// TMA loads.
+    /// TMA loads of boxes.
     pub utmaldg: u32,
+    /// TMA copies of stretches.
+    pub ublkcp: u32,
     /// Warp multiplications.
     pub hmma: u32,
 }
 
-/// Bytes of one latent tile of 64 tokens in 64-column tiles.
-fn latent_stage_bytes(desc: &AttentionDesc) -> u32 {
+/// Bytes of one latent tile of 64 tokens in 64-column tiles of 16 bits.
+fn latent_tile_bytes(desc: &AttentionDesc) -> u32 {
     match desc.attention {
         Attention::Latent {
             kv_lora_rank,
@@ -330,6 +442,10 @@ fn latent_stage_bytes(desc: &AttentionDesc) -> u32 {
         } => (kv_lora_rank / 64 + rope_dim.div_ceil(64)) * 64 * 128,
         Attention::Grouped { .. } => 0,
     }
+}
+
+fn split_reason(tokens: u32) -> String {
+    format!("split KV: pieces of at least {tokens} tokens, divided on the device")
 }
 
 fn too_large(desc: &AttentionDesc, bytes: u32) -> Refusal {

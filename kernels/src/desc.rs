@@ -10,7 +10,7 @@ use crate::arch::Arch;
 /// Tokens in a page of every cache.
 pub const PAGE: u32 = 64;
 
-/// Type of queries, cache and output; all arithmetic between is in f32.
+/// Type of queries and output, and of the cache unless that is [`CacheDtype::E4m3`]; all arithmetic between is in f32.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Dtype {
@@ -27,6 +27,16 @@ impl fmt::Display for Dtype {
             Self::F16 => "f16",
         })
     }
+}
+
+/// Type of the latents in the cache.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheDtype {
+    /// As queries and output.
+    Same,
+    /// e4m3 with one f32 scale a token; the rotated key is f16 in units of that scale ([`crate::fp8`]). All multiplications are of f16.
+    E4m3,
 }
 
 /// Which cached tokens a query token sees, apart from the window.
@@ -86,8 +96,10 @@ pub struct AttentionDesc {
     pub window: Option<u32>,
     /// Whether every query head has a sink, a logit that joins the denominator.
     pub sinks: bool,
-    /// Type of queries, cache and output.
+    /// Type of queries and output.
     pub dtype: Dtype,
+    /// Type of the latents in the cache.
+    pub cache: CacheDtype,
     /// Tokens in a page of the cache.
     pub page: u32,
     /// The GPU.
@@ -101,9 +113,13 @@ const HEAD_DIMS: [u32; 2] = [64, 128];
 /// Most query tokens of a request.
 pub const MAX_QUERY_TOKENS: u32 = 16;
 
-/// Most query heads of one KV head times query tokens: what a warp's registers hold of output and queries.
-const fn grouped_rows(head_dim: u32) -> u32 {
-    if head_dim == 64 { 32 } else { 16 }
+/// Most query heads of one KV head times query tokens: the rows of a wgmma, or what a warp's registers hold of output and queries.
+const fn grouped_rows(arch: Arch, head_dim: u32) -> u32 {
+    match (arch.has_wgmma(), head_dim) {
+        (true, _) => 64,
+        (false, 64) => 32,
+        (false, _) => 16,
+    }
 }
 
 fn list(values: &[u32]) -> String {
@@ -125,6 +141,7 @@ impl AttentionDesc {
             window: None,
             sinks: false,
             dtype: Dtype::Bf16,
+            cache: CacheDtype::Same,
             page: PAGE,
             arch,
         }
@@ -177,6 +194,14 @@ impl AttentionDesc {
                         "run this layer's graph in another runtime",
                     );
                 }
+                if self.cache == CacheDtype::E4m3 {
+                    return Err(Refusal::new(
+                        "kernel cache type",
+                        "the type of the queries for grouped queries",
+                        "e4m3",
+                        "leave the cache of this layer in 16 bits; FP8 is for latents",
+                    ));
+                }
                 if kv_heads == 0 || !self.query_heads.is_multiple_of(kv_heads) {
                     return refuse(
                         "kernel KV heads",
@@ -186,10 +211,11 @@ impl AttentionDesc {
                     );
                 }
                 let rows = self.query_heads / kv_heads * self.query_tokens;
-                if rows > grouped_rows(head_dim) {
+                let most = grouped_rows(self.arch, head_dim);
+                if rows > most {
                     return refuse(
                         "kernel query heads of a KV head times query tokens",
-                        format!("at most {} for heads of {head_dim}", grouped_rows(head_dim)),
+                        format!("at most {most} for heads of {head_dim} on {}", self.arch),
                         rows,
                         "verify fewer query tokens at a time",
                     );
@@ -271,8 +297,29 @@ impl AttentionDesc {
     /// Bytes that a token takes in the cache.
     pub fn cache_bytes_per_token(&self) -> u64 {
         match self.attention {
+            Attention::Latent {
+                kv_lora_rank,
+                rope_dim,
+            } if self.cache == CacheDtype::E4m3 => u64::from(kv_lora_rank + 2 * rope_dim + 4),
             Attention::Latent { .. } => u64::from(self.row()) * 2,
             Attention::Grouped { kv_heads, head_dim } => u64::from(kv_heads * head_dim) * 4,
+        }
+    }
+
+    /// Bytes of a page: of the latent cache, or of keys (values take as many again).
+    pub fn page_bytes(&self) -> u64 {
+        let halves = match self.attention {
+            Attention::Latent { .. } => 1,
+            Attention::Grouped { .. } => 2,
+        };
+        u64::from(self.page) * self.cache_bytes_per_token() / halves
+    }
+
+    /// Type of the multiplications' factors.
+    pub fn factor(&self) -> Dtype {
+        match self.cache {
+            CacheDtype::Same => self.dtype,
+            CacheDtype::E4m3 => Dtype::F16,
         }
     }
 
@@ -294,8 +341,12 @@ impl AttentionDesc {
         };
         let window = self.window.map(|w| format!("-w{w}")).unwrap_or_default();
         let sinks = if self.sinks { "-sinks" } else { "" };
+        let cache = match self.cache {
+            CacheDtype::Same => "",
+            CacheDtype::E4m3 => "-fp8",
+        };
         format!(
-            "{shape}-q{}-{}{window}{sinks}-{}-{}",
+            "{shape}-q{}-{}{window}{sinks}-{}{cache}-{}",
             self.query_tokens, self.mask, self.dtype, self.arch
         )
     }
@@ -330,9 +381,13 @@ impl fmt::Display for AttentionDesc {
         }
         write!(
             f,
-            ", {}, {}, pages of {}, {}",
+            ", {}, {}{}, pages of {}, {}",
             if self.sinks { "sinks" } else { "no sinks" },
             self.dtype,
+            match self.cache {
+                CacheDtype::Same => "",
+                CacheDtype::E4m3 => " on an e4m3 cache",
+            },
             self.page,
             self.arch
         )

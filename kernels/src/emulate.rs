@@ -1,7 +1,7 @@
 //! The kernels' arithmetic in plain Rust: the same tiles, the same streams, the same rounding, the same order of merges.
 //!
-//! Scores are f32; every stream of tiles keeps a running maximum and denominator; weights are rounded to the cache's type before
-//! they meet the values; streams, then pieces, are merged in a fixed order; the sink joins once. What the GPU does differently:
+//! Scores are f32; every stream of tiles keeps a running maximum and denominator; weights are rounded to the factors' type before
+//! they meet the values; over an FP8 cache the maximum is of score plus the logarithm of the token's scale, which is a factor of its weight; streams, then pieces, are merged in a fixed order; the sink joins once. What the GPU does differently:
 //! the order of sums within one multiplication, and `ex2.approx`.
 
 use std::f32::consts::{LN_2, LOG2_E};
@@ -9,7 +9,7 @@ use std::f32::consts::{LN_2, LOG2_E};
 use crate::config::AttentionConfig;
 use crate::desc::{Attention, AttentionDesc};
 use crate::plan::{Piece, Plan};
-use crate::problem::{Answer, Problem, round};
+use crate::problem::{Answer, Cached, Problem, round};
 
 /// Warps of `mlac_combine`, which add pieces in turns.
 const COMBINE_WARPS: usize = 8;
@@ -21,17 +21,9 @@ struct Stream {
     out: Vec<f32>,
 }
 
-/// `2^(x - anchor)` for a scaled score; an anchor of minus infinity stands for "nothing yet".
-fn weight(score: f32, scale: f32, anchor: f32) -> f32 {
-    score.mul_add(scale, -anchor).exp2()
-}
-
-fn anchor(peak: f32, scale: f32) -> f32 {
-    if peak == f32::NEG_INFINITY {
-        0.0
-    } else {
-        peak * scale
-    }
+/// The base-2 exponent that is subtracted; a maximum of minus infinity stands for "nothing yet".
+fn anchor(peak: f32) -> f32 {
+    if peak == f32::NEG_INFINITY { 0.0 } else { peak }
 }
 
 /// A row of a unit.
@@ -106,26 +98,30 @@ fn run_piece(
         };
         for tile in (piece.tiles.begin + first..piece.tiles.end).step_by(config.streams as usize) {
             let start = tile * config.tile;
-            let seen: Vec<(f32, &[f32])> = (start..start + config.tile)
+            let seen: Vec<(f32, Cached)> = (start..start + config.tile)
                 .filter(|&position| problem.sees(row.request, row.token, position))
                 .map(|position| {
-                    let (key, value) = problem.key_and_value(row.request, row.head, position);
-                    (q.iter().zip(key).map(|(a, b)| a * b).sum(), value)
+                    let cached = problem.cached(row.request, row.head, position);
+                    let score: f32 = q.iter().zip(cached.key).map(|(a, b)| a * b).sum();
+                    (score * (cached.scale * scale), cached)
                 })
                 .collect();
-            let top = seen.iter().map(|(s, _)| *s).fold(stream.peak, f32::max);
-            let base = anchor(top, scale);
-            let rescale = weight(stream.peak, scale, base);
+            let top = seen
+                .iter()
+                .map(|(s, cached)| s + cached.scale.log2())
+                .fold(stream.peak, f32::max);
+            let base = anchor(top);
+            let rescale = (stream.peak - base).exp2();
             stream.peak = top;
             for o in &mut stream.out {
                 *o *= rescale;
             }
             let mut added = 0.0;
-            for (score, value) in seen {
-                let w = weight(score, scale, base);
+            for (score, cached) in seen {
+                let w = (score - base).exp2();
                 added += w;
-                let w = round(desc.dtype, w);
-                for (o, &v) in stream.out.iter_mut().zip(value) {
+                let w = round(desc.factor(), w * cached.scale);
+                for (o, &v) in stream.out.iter_mut().zip(cached.value) {
                     *o += w * v;
                 }
             }
@@ -137,11 +133,11 @@ fn run_piece(
         .iter()
         .map(|s| s.peak)
         .fold(f32::NEG_INFINITY, f32::max);
-    let base = anchor(top, scale);
+    let base = anchor(top);
     let mut sum = 0.0;
     let mut out = vec![0.0; desc.out_row() as usize];
     for stream in &streams {
-        let w = weight(stream.peak, scale, base);
+        let w = (stream.peak - base).exp2();
         sum += stream.sum * w;
         for (o, x) in out.iter_mut().zip(&stream.out) {
             *o += x * w;
@@ -164,7 +160,7 @@ fn combine(pieces: &[(Vec<f32>, f32)], sink: Option<f32>) -> (Vec<f32>, f32) {
         .iter()
         .map(|(_, lse)| *lse)
         .fold(f32::NEG_INFINITY, f32::max);
-    let base = if top == f32::NEG_INFINITY { 0.0 } else { top };
+    let base = anchor(top);
     let weights: Vec<f32> = pieces.iter().map(|(_, lse)| (lse - base).exp2()).collect();
     let sum: f32 = weights.iter().sum();
     let width = pieces.first().map_or(0, |(out, _)| out.len());

@@ -31,8 +31,10 @@ pub struct Function {
 pub struct Instructions {
     /// Warpgroup multiplications.
     pub hgmma: u32,
-    /// TMA loads.
+    /// TMA loads of boxes.
     pub utmaldg: u32,
+    /// TMA copies of stretches.
+    pub ublkcp: u32,
     /// Warp multiplications.
     pub hmma: u32,
     /// Loads from local memory: spills.
@@ -115,6 +117,7 @@ fn instructions(text: &str) -> Instructions {
         match word.split('.').next().unwrap_or_default() {
             "HGMMA" => count.hgmma += 1,
             "UTMALDG" => count.utmaldg += 1,
+            "UBLKCP" => count.ublkcp += 1,
             "HMMA" => count.hmma += 1,
             "LDL" => count.local_loads += 1,
             "STL" => count.local_stores += 1,
@@ -176,10 +179,14 @@ impl Report {
         let Expected {
             hgmma,
             utmaldg,
+            ublkcp,
             hmma,
         } = config.expected_instructions(desc);
-        for (name, found, expected) in [("HGMMA", i.hgmma, hgmma), ("UTMALDG", i.utmaldg, utmaldg)]
-        {
+        for (name, found, expected) in [
+            ("HGMMA", i.hgmma, hgmma),
+            ("UTMALDG", i.utmaldg, utmaldg),
+            ("UBLKCP", i.ublkcp, ublkcp),
+        ] {
             if found != expected {
                 complaints.push(format!("{found} {name} instructions, expected {expected}"));
             }
@@ -216,8 +223,8 @@ impl Report {
         let i = self.instructions;
         let _ = writeln!(
             text,
-            "instructions   {} HGMMA, {} UTMALDG, {} HMMA, {} LDL, {} STL",
-            i.hgmma, i.utmaldg, i.hmma, i.local_loads, i.local_stores
+            "instructions   {} HGMMA, {} UTMALDG, {} UBLKCP, {} HMMA, {} LDL, {} STL",
+            i.hgmma, i.utmaldg, i.ublkcp, i.hmma, i.local_loads, i.local_stores
         );
         text
     }

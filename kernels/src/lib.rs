@@ -4,12 +4,14 @@
 //! work and says why; [`Source`] is the text; [`Cache`] compiles it with NVRTC or finds it; [`Report`] looks into the cubin
 //! without a GPU. [`emulate`] runs the same tile order in plain Rust against a naive f64 reference.
 
+pub mod append;
 pub mod arch;
 pub mod cache;
 pub mod config;
 pub mod desc;
 pub mod emulate;
 pub mod error;
+pub mod fp8;
 pub mod gpu_check;
 pub mod inspect;
 pub mod launch;
@@ -24,7 +26,7 @@ pub mod toolchain;
 pub use arch::Arch;
 pub use cache::{Cache, Cubin};
 pub use config::{AttentionConfig, Kernel};
-pub use desc::{Attention, AttentionDesc, Dtype, Mask};
+pub use desc::{Attention, AttentionDesc, CacheDtype, Dtype, Mask};
 pub use error::{KernelError, Result};
 pub use inspect::Report;
 pub use nvrtc::Compiler;

@@ -2,7 +2,8 @@
 
 use half::{bf16, f16};
 
-use crate::desc::{Attention, AttentionDesc, Dtype, Mask, PAGE};
+use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype, Mask, PAGE};
+use crate::fp8;
 
 /// SplitMix64: small, and the same on every machine.
 #[derive(Debug, Clone)]
@@ -50,6 +51,14 @@ pub fn bits(dtype: Dtype, x: f32) -> u16 {
     }
 }
 
+/// The bytes of numbers in the type, one behind the other.
+pub fn half_bytes(dtype: Dtype, numbers: &[f32]) -> Vec<u8> {
+    numbers
+        .iter()
+        .flat_map(|&x| bits(dtype, x).to_le_bytes())
+        .collect()
+}
+
 /// The number of these bits.
 pub fn from_bits(dtype: Dtype, bits: u16) -> f32 {
     match dtype {
@@ -71,8 +80,11 @@ pub struct Problem {
     pub page_stride: u32,
     /// `[batch, query tokens, query heads, row]`.
     pub q: Vec<f32>,
-    /// Latent: `[pages, page, row]`. Grouped: keys `[pages, page, KV heads, head size]`. Rows beyond a request's length are NaN.
+    /// Latent: `[pages, page, row]`, for an FP8 cache the numbers of codes and keys, in units of the token's scale. Grouped: keys
+    /// `[pages, page, KV heads, head size]`. Rows beyond a request's length are NaN.
     pub cache: Vec<f32>,
+    /// FP8 cache: `[pages, page]`, each token's scale. Otherwise empty.
+    pub scales: Vec<f32>,
     /// Grouped: values, as the keys. Latent: empty.
     pub values: Vec<f32>,
     /// `[query heads]`; empty without sinks.
@@ -80,6 +92,17 @@ pub struct Problem {
     /// `[batch, query tokens]`: bit `j`: sees draft token `j`. Empty without a tree.
     pub tree: Vec<u64>,
     /// Of the scores.
+    pub scale: f32,
+}
+
+/// A token as a query head meets it: scores are `scale * (q . key)`, outputs of `scale * value`.
+#[derive(Debug, Clone, Copy)]
+pub struct Cached<'a> {
+    /// As many numbers as a query.
+    pub key: &'a [f32],
+    /// As many numbers as an output.
+    pub value: &'a [f32],
+    /// 1 unless the cache is FP8.
     pub scale: f32,
 }
 
@@ -118,6 +141,8 @@ impl Problem {
             Attention::Latent { .. } => Vec::new(),
             Attention::Grouped { .. } => cache.clone(),
         };
+        let e4m3 = desc.cache == CacheDtype::E4m3;
+        let mut scales = vec![f32::NAN; if e4m3 { free.len() * PAGE as usize } else { 0 }];
         let mut pages = Vec::new();
         for &length in lengths {
             for i in 0..page_stride {
@@ -130,7 +155,18 @@ impl Problem {
                 let rows = (length - i * PAGE).min(PAGE) as usize;
                 let first = page as usize * page_numbers;
                 let filled = first..first + rows * width;
-                cache[filled.clone()].fill_with(|| random.eighth());
+                cache[filled.clone()].fill_with(|| {
+                    // Down to the subnormals of e4m3.
+                    let exponent = if e4m3 { random.below(7) } else { 0 };
+                    random.eighth() / (1_u32 << exponent) as f32
+                });
+                if e4m3 {
+                    let first = page as usize * PAGE as usize;
+                    scales[first..first + rows].fill_with(|| {
+                        (8 + random.below(8)) as f32 / 8.0
+                            * 2.0_f32.powi(random.below(7) as i32 - 5)
+                    });
+                }
                 if !values.is_empty() {
                     values[filled].fill_with(|| random.eighth());
                 }
@@ -169,6 +205,7 @@ impl Problem {
             page_stride,
             q,
             cache,
+            scales,
             values,
             sinks,
             tree,
@@ -182,22 +219,61 @@ impl Problem {
         page as usize * PAGE as usize + (position % PAGE) as usize
     }
 
-    /// The key and the value that a query head meets at a token.
-    pub fn key_and_value(&self, request: usize, head: usize, position: u32) -> (&[f32], &[f32]) {
+    /// The token that a query head meets at a position.
+    pub fn cached(&self, request: usize, head: usize, position: u32) -> Cached<'_> {
         let row = self.cache_row(request, position);
         match self.desc.attention {
             Attention::Latent { .. } => {
                 let width = self.desc.row() as usize;
                 let key = &self.cache[row * width..(row + 1) * width];
-                (key, &key[..self.desc.out_row() as usize])
+                Cached {
+                    key,
+                    value: &key[..self.desc.out_row() as usize],
+                    scale: self.scales.get(row).copied().unwrap_or(1.0),
+                }
             }
             Attention::Grouped { kv_heads, head_dim } => {
                 let d = head_dim as usize;
                 let group = self.desc.query_heads as usize / kv_heads as usize;
                 let at = (row * kv_heads as usize + head / group) * d;
-                (&self.cache[at..at + d], &self.values[at..at + d])
+                Cached {
+                    key: &self.cache[at..at + d],
+                    value: &self.values[at..at + d],
+                    scale: 1.0,
+                }
             }
         }
+    }
+
+    /// The cache as it lies in memory, page after page: numbers of the type, or the planes of [`crate::fp8`].
+    pub fn cache_bytes(&self) -> Vec<u8> {
+        let desc = &self.desc;
+        let (Attention::Latent { kv_lora_rank, .. }, CacheDtype::E4m3) =
+            (desc.attention, desc.cache)
+        else {
+            return half_bytes(desc.dtype, &self.cache);
+        };
+        let (width, page) = (desc.row() as usize, desc.page as usize);
+        let mut bytes = Vec::new();
+        for (rows, scales) in self
+            .cache
+            .chunks_exact(width * page)
+            .zip(self.scales.chunks_exact(page))
+        {
+            for row in rows.chunks_exact(width) {
+                let codes = &row[..kv_lora_rank as usize];
+                bytes.extend(
+                    codes
+                        .iter()
+                        .map(|x| if x.is_nan() { 0x7f } else { fp8::code(*x) }),
+                );
+            }
+            for row in rows.chunks_exact(width) {
+                bytes.extend(half_bytes(Dtype::F16, &row[kv_lora_rank as usize..]));
+            }
+            bytes.extend(scales.iter().flat_map(|scale| scale.to_le_bytes()));
+        }
+        bytes
     }
 
     /// Whether a query token sees a cached token: the definition, position by position.
@@ -241,16 +317,19 @@ impl Problem {
                 for head in 0..heads {
                     let at = (request * tokens + token) * heads + head;
                     let q = &self.q[at * row..(at + 1) * row];
-                    let seen: Vec<(f64, &[f32])> = (0..self.lengths[request])
+                    let seen: Vec<(f64, Cached)> = (0..self.lengths[request])
                         .filter(|&position| self.sees(request, token, position))
                         .map(|position| {
-                            let (key, value) = self.key_and_value(request, head, position);
+                            let cached = self.cached(request, head, position);
                             let score: f64 = q
                                 .iter()
-                                .zip(key)
+                                .zip(cached.key)
                                 .map(|(&a, &b)| f64::from(a) * f64::from(b))
                                 .sum();
-                            (score * f64::from(self.scale), value)
+                            (
+                                score * f64::from(self.scale) * f64::from(cached.scale),
+                                cached,
+                            )
                         })
                         .collect();
                     let top = seen
@@ -263,9 +342,9 @@ impl Problem {
                         .get(head)
                         .map_or(0.0, |&sink| (f64::from(sink) - top).exp());
                     let mut out = vec![0.0; out_row];
-                    for (score, value) in &seen {
-                        let weight = (score - top).exp() / (sum + sink);
-                        for (o, &v) in out.iter_mut().zip(*value) {
+                    for (score, cached) in &seen {
+                        let weight = (score - top).exp() / (sum + sink) * f64::from(cached.scale);
+                        for (o, &v) in out.iter_mut().zip(cached.value) {
                             *o += weight * f64::from(v);
                         }
                     }
@@ -289,7 +368,7 @@ impl Problem {
         }
     }
 
-    /// What an output may differ: the weights are rounded to the cache's type before they meet the values, and the output after.
+    /// What an output may differ: the weights are rounded to the factors' type before they meet the values, and the output after.
     pub fn tolerance(&self) -> f32 {
         let unit = self.unit();
         let largest = |numbers: &[f32]| {
@@ -299,6 +378,13 @@ impl Problem {
                 .fold(0.0_f32, |a, x| a.max(x.abs()))
         };
         let value = match self.desc.attention {
+            Attention::Latent { .. } if !self.scales.is_empty() => self
+                .cache
+                .chunks_exact(self.desc.row() as usize)
+                .zip(&self.scales)
+                .map(|(row, scale)| largest(row) * scale)
+                .filter(|x| x.is_finite())
+                .fold(0.0, f32::max),
             Attention::Latent { .. } => largest(&self.cache),
             Attention::Grouped { .. } => largest(&self.values),
         };

@@ -3,21 +3,27 @@
 use std::fmt::Write as _;
 
 use crate::config::{AttentionConfig, Kernel};
-use crate::desc::{Attention, AttentionDesc, Dtype, Mask};
+use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype, Mask};
 use crate::layout::Descriptor;
 
 /// The files that `#include` finds.
-pub const HEADERS: [(&str, &str); 10] = [
+pub const HEADERS: [(&str, &str); 16] = [
     ("append.cuh", include_str!("../cuda/append.cuh")),
     ("combine.cuh", include_str!("../cuda/combine.cuh")),
     ("common.cuh", include_str!("../cuda/common.cuh")),
+    ("fp8.cuh", include_str!("../cuda/fp8.cuh")),
     ("gqa_mma.cuh", include_str!("../cuda/gqa_mma.cuh")),
+    ("gqa_sm90.cuh", include_str!("../cuda/gqa_sm90.cuh")),
     ("hopper.cuh", include_str!("../cuda/hopper.cuh")),
     ("mla_mma.cuh", include_str!("../cuda/mla_mma.cuh")),
     ("mla_sm90.cuh", include_str!("../cuda/mla_sm90.cuh")),
     ("mma.cuh", include_str!("../cuda/mma.cuh")),
     ("plan.cuh", include_str!("../cuda/plan.cuh")),
     ("ptx.cuh", include_str!("../cuda/ptx.cuh")),
+    ("sm90_fp8.cuh", include_str!("../cuda/sm90_fp8.cuh")),
+    ("sm90_load.cuh", include_str!("../cuda/sm90_load.cuh")),
+    ("sm90_output.cuh", include_str!("../cuda/sm90_output.cuh")),
+    ("sm90_tiles.cuh", include_str!("../cuda/sm90_tiles.cuh")),
 ];
 
 /// What the compiler is told besides the architecture.
@@ -45,9 +51,18 @@ impl Source {
         let mut functions = vec!["mlac_decode"];
         if config.kernel == Kernel::LatentWgmma {
             text.push_str("\n#include \"hopper.cuh\"\n\n");
-            text.push_str(&wgmma_scores(desc.dtype));
+            text.push_str(&wgmma_scores(desc.factor(), 64 / config.column_groups));
             let columns = (desc.out_row() / 64).div_ceil(config.column_groups) * 64;
-            text.push_str(&wgmma_values(desc.dtype, columns));
+            text.push_str(&if config.column_groups == 2 {
+                wgmma_exchanged_values(desc.factor(), columns)
+            } else {
+                wgmma_values(desc.factor(), columns)
+            });
+        }
+        if config.kernel == Kernel::GroupedWgmma {
+            text.push_str("\n#include \"hopper.cuh\"\n\n");
+            text.push_str(&wgmma_scores_of_registers(desc.dtype));
+            text.push_str(&wgmma_values(desc.dtype, desc.out_row()));
         }
         let _ = writeln!(text, "\n#include \"{}\"", config.kernel.file());
         if config.planned {
@@ -86,6 +101,18 @@ pub fn prologue(desc: &AttentionDesc, config: &AttentionConfig) -> String {
         "#define MLAC_F16 {}",
         u32::from(desc.dtype == Dtype::F16)
     );
+    let _ = writeln!(
+        text,
+        "#define MLAC_FP8 {}",
+        u32::from(desc.cache == CacheDtype::E4m3)
+    );
+    if config.kernel == Kernel::LatentWgmma {
+        let _ = writeln!(
+            text,
+            "#define MLAC_EXCHANGED {}",
+            u32::from(config.column_groups == 2)
+        );
+    }
     let flags = [
         ("kGqa", matches!(desc.attention, Attention::Grouped { .. })),
         ("kSinks", desc.sinks),
@@ -109,13 +136,14 @@ pub fn prologue(desc: &AttentionDesc, config: &AttentionConfig) -> String {
         ("kGroup", config.group),
         ("kMinSplit", config.min_split),
         ("kStages", config.stages),
+        ("kBuffers", config.buffers),
         ("kColumnGroups", config.column_groups),
     ];
     for (name, value) in numbers {
         let _ = writeln!(text, "constexpr int {name} = {value};");
     }
     match config.kernel {
-        Kernel::LatentWgmma => {
+        Kernel::LatentWgmma | Kernel::GroupedWgmma => {
             let _ = writeln!(
                 text,
                 "constexpr unsigned long long kDescriptorK = {:#x}ull;",
@@ -147,14 +175,30 @@ fn operands(constraint: &str, name: &str, count: u32) -> String {
     texts.join(", ")
 }
 
-/// `d (+)= a * b` with 64 tokens: both operands in shared memory, both contiguous along the multiplied dimension.
-fn wgmma_scores(dtype: Dtype) -> String {
+/// `d (+)= a * b` with so many tokens: both operands in shared memory, both contiguous along the multiplied dimension.
+fn wgmma_scores(dtype: Dtype, tokens: u32) -> String {
+    let count = tokens / 2;
     format!(
-        "MLAC_DEVICE void wgmma_scores(float (&d)[32], u64 a, u64 b, int add) {{\n  asm volatile(\n      \"{{\\n.reg .pred p;\\nsetp.ne.b32 p, %34, 0;\\n\"\n      \
-         \"wgmma.mma_async.sync.aligned.m64n64k16.f32.{dtype}.{dtype} {{{}}}, %32, %33, p, 1, 1, 0, 0;\\n}}\"\n      : {}\n      \
+        "MLAC_DEVICE void wgmma_scores(float (&d)[{count}], u64 a, u64 b, int add) {{\n  asm volatile(\n      \"{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{}, 0;\\n\"\n      \
+         \"wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32.{dtype}.{dtype} {{{}}}, %{count}, %{}, p, 1, 1, 0, 0;\\n}}\"\n      : {}\n      \
          : \"l\"(a), \"l\"(b), \"r\"(add));\n}}\n\n",
+        count + 2,
+        registers(0..count),
+        count + 1,
+        operands("+f", "d", count),
+    )
+}
+
+/// The same with the queries in registers.
+fn wgmma_scores_of_registers(dtype: Dtype) -> String {
+    format!(
+        "MLAC_DEVICE void wgmma_scores(float (&d)[32], const u32* a, u64 b, int add) {{\n  asm volatile(\n      \"{{\\n.reg .pred p;\\nsetp.ne.b32 p, %37, 0;\\n\"\n      \
+         \"wgmma.mma_async.sync.aligned.m64n64k16.f32.{dtype}.{dtype} {{{}}}, {{{}}}, %36, p, 1, 1, 0;\\n}}\"\n      : {}\n      \
+         : {}, \"l\"(b), \"r\"(add));\n}}\n\n",
         registers(0..32),
+        registers(32..36),
         operands("+f", "d", 32),
+        operands("r", "a", 4),
     )
 }
 
@@ -170,5 +214,18 @@ fn wgmma_values(dtype: Dtype, columns: u32) -> String {
         count + 4,
         operands("+f", "d", count),
         operands("r", "a", 4),
+    )
+}
+
+/// The same with the weights in shared memory, contiguous along the tokens.
+fn wgmma_exchanged_values(dtype: Dtype, columns: u32) -> String {
+    let count = columns / 2;
+    format!(
+        "MLAC_DEVICE void wgmma_values(float (&d)[{count}], u64 a, u64 b) {{\n  asm volatile(\n      \
+         \"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{dtype}.{dtype} {{{}}}, %{count}, %{}, 1, 1, 1, 0, 1;\"\n      : {}\n      \
+         : \"l\"(a), \"l\"(b));\n}}\n",
+        registers(0..count),
+        count + 1,
+        operands("+f", "d", count),
     )
 }

@@ -6,7 +6,7 @@
 use std::env;
 use std::path::{Path, PathBuf};
 
-use mlac_model::Refusal;
+use mlac_model::{Refusal, runtime};
 
 /// The files of a toolchain, below its folder.
 const FILES: [&str; 4] = [
@@ -95,24 +95,16 @@ fn missing(folder: &Path) -> Vec<&'static str> {
 }
 
 fn places() -> Vec<PathBuf> {
-    let mut places = Vec::new();
-    if let Some(folder) = env::var_os("MLAC_RUNTIME_DIR").filter(|value| !value.is_empty()) {
-        places.push(PathBuf::from(folder).join("cuda"));
-    }
-    let program = env::current_exe().ok();
-    if let Some(beside) = program.as_deref().and_then(Path::parent) {
-        places.push(beside.join("runtime").join("cuda"));
-    }
-    for start in [program, env::current_dir().ok()].into_iter().flatten() {
-        for above in start.ancestors() {
-            let runtime = above.join("target").join("runtime");
-            let place = runtime.join("cuda");
-            if runtime.is_dir() && !places.contains(&place) {
-                places.push(place);
-            }
-        }
-    }
-    places
+    let chosen = env::var_os("MLAC_RUNTIME_DIR").filter(|value| !value.is_empty());
+    runtime::places(
+        "cuda",
+        chosen.as_deref().map(Path::new),
+        env::current_exe().ok().as_deref(),
+        env::current_dir().ok().as_deref(),
+    )
+    .into_iter()
+    .map(|(place, _)| place)
+    .collect()
 }
 
 #[cfg(test)]

@@ -9,9 +9,10 @@
 
 use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::emulate::emulate;
+use mlac_kernels::fp8::quantise;
 use mlac_kernels::plan::{Plan, Tiles};
-use mlac_kernels::problem::{Problem, compare};
-use mlac_kernels::{Arch, Attention, AttentionDesc, Dtype, Mask};
+use mlac_kernels::problem::{Problem, Random, compare};
+use mlac_kernels::{Arch, Attention, AttentionDesc, CacheDtype, Dtype, Mask};
 use proptest::prelude::*;
 
 /// Requests that reach every kernel and every branch of its masks, with small ranks so that they run quickly.
@@ -53,10 +54,11 @@ fn descs() -> impl Strategy<Value = AttentionDesc> {
         ],
         any::<bool>(),
         any::<bool>(),
+        any::<bool>(),
         prop::sample::select(Arch::ALL.to_vec()),
     )
         .prop_map(
-            |((attention, query_heads), query_tokens, mask, window, sinks, f16, arch)| {
+            |((attention, query_heads), query_tokens, mask, window, sinks, f16, e4m3, arch)| {
                 AttentionDesc {
                     attention,
                     query_heads,
@@ -65,6 +67,10 @@ fn descs() -> impl Strategy<Value = AttentionDesc> {
                     window: window.filter(|&w| mask != Mask::Tree || w >= 64),
                     sinks,
                     dtype: if f16 { Dtype::F16 } else { Dtype::Bf16 },
+                    cache: match attention {
+                        Attention::Latent { .. } if e4m3 => CacheDtype::E4m3,
+                        _ => CacheDtype::Same,
+                    },
                     page: 64,
                     arch,
                 }
@@ -121,6 +127,57 @@ proptest! {
         }
         // The same numbers whatever lies in other pages and however often it runs.
         prop_assert_eq!(&answer, &emulate(&problem, &config, parts));
+    }
+
+    /// An FP8 cache is off by no more than its rounding explains: scores move by `e <= scale * sum |q| |key - key'|`, so weights by a
+    /// factor between `exp(-2e)` and `exp(2e)`, and outputs by `(exp(2e) - 1) * max |value'|` and what the values themselves move.
+    #[test]
+    fn quantisation_moves_outputs_no_further_than_its_rounding(
+        seed in any::<u64>(),
+        exponent in -6_i32..4,
+        heads in 1_u32..5,
+    ) {
+        let plain = AttentionDesc { sinks: true, ..AttentionDesc::latent(heads, 64, 16, Arch::Sm80) };
+        let mut before = Problem::random(plain, &[70, 3], seed);
+        let mut random = Random::new(seed);
+        for row in before.cache.chunks_exact_mut(80) {
+            let size = 2.0_f32.powi(exponent) * (1.0 + random.below(8) as f32);
+            row.iter_mut().for_each(|x| *x *= size * (1.0 + random.below(1000) as f32 / 1000.0));
+        }
+        let mut after = before.clone();
+        after.desc.cache = CacheDtype::E4m3;
+        after.scales = vec![1.0; before.cache.len() / 80];
+        let (mut moved, mut key_error, mut largest) = (0.0_f64, 0.0_f64, 0.0_f64);
+        for (row, scale) in after.cache.chunks_exact_mut(80).zip(&mut after.scales) {
+            if row[0].is_nan() {
+                continue;
+            }
+            let exact: Vec<f32> = row.to_vec();
+            let (latent, key) = row.split_at_mut(64);
+            let (found, codes, keys) = quantise(latent, key);
+            *scale = found;
+            latent.copy_from_slice(&codes);
+            key.copy_from_slice(&keys);
+            let off: Vec<f64> = exact.iter().zip(&*row).map(|(x, y)| f64::from(x - y * found).abs()).collect();
+            moved = off[..64].iter().copied().fold(moved, f64::max);
+            key_error = key_error.max(off.iter().sum());
+            largest = row[..64].iter().map(|y| f64::from(y * found).abs()).fold(largest, f64::max);
+        }
+        // Queries are at most 1.
+        let e = f64::from(before.scale) * key_error;
+        let bound = ((2.0 * e).exp() - 1.0) * largest + moved + 1e-6;
+        let (a, b) = (before.reference(), after.reference());
+        for (x, y) in a.out.iter().zip(&b.out) {
+            prop_assert!(f64::from((x - y).abs()) <= bound, "{x} became {y}, bound {bound}");
+        }
+        for (x, y) in a.lse.iter().zip(&b.lse) {
+            prop_assert!(f64::from((x - y).abs()) <= e + 1e-5, "{x} became {y}, bound {e}");
+        }
+        prop_assert!(b.out != a.out, "nothing was quantised");
+        // And the kernel's order agrees with the reference on what it reads.
+        let config = AttentionConfig::choose(&after.desc).unwrap();
+        let complaint = compare(&emulate(&after, &config, 3), &b).complaint(&after);
+        prop_assert!(complaint.is_none(), "{}", complaint.unwrap_or_default());
     }
 
     #[test]

@@ -16,11 +16,12 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use mlac_kernels::append::AppendProblem;
 use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::plan::Plan;
-use mlac_kernels::problem::{Answer, Problem, Random, bits, compare, from_bits};
+use mlac_kernels::problem::{Answer, Problem, compare, from_bits, half_bytes};
 use mlac_kernels::source::{HEADERS, prologue};
-use mlac_kernels::{Arch, AttentionDesc, Dtype, Kernel, Mask};
+use mlac_kernels::{Arch, AttentionDesc, CacheDtype, Dtype, Kernel, Mask};
 
 const HOST: [(&str, &str); 6] = [
     ("machine.h", include_str!("host/machine.h")),
@@ -37,11 +38,13 @@ type Edit = (&'static str, &'static str, &'static str);
 /// Compiles the kernels of a request into `folder/run`, with an edit of a file of them.
 fn compile(desc: &AttentionDesc, config: &AttentionConfig, folder: &Path, edit: Option<Edit>) {
     let mut text = prologue(desc, config);
-    let tma = config.kernel == Kernel::LatentWgmma;
+    let grouped = config.kernel == Kernel::GroupedWgmma;
+    let tma = grouped || config.kernel == Kernel::LatentWgmma;
     text.push_str(&format!(
-        "#define HOST_PLANNED {}\n#define HOST_TMA {}\n#define HOST_THREADS {}\n#include \"{}\"\n",
+        "#define HOST_PLANNED {}\n#define HOST_TMA {}\n#define HOST_GROUPED {}\n#define HOST_THREADS {}\n#include \"{}\"\n",
         u32::from(config.planned),
         u32::from(tma),
+        u32::from(grouped),
         config.threads,
         config.kernel.file()
     ));
@@ -95,11 +98,8 @@ fn run(
     folder: &Path,
 ) -> Result<(Answer, Vec<i32>), String> {
     let desc = &problem.desc;
-    let row = match desc.kv_heads() {
-        1 => desc.row(),
-        heads => heads * desc.row(),
-    } as usize;
-    let cache_pages = problem.cache.len() / row / desc.page as usize;
+    let cache = problem.cache_bytes();
+    let cache_pages = cache.len() as u64 / desc.page_bytes();
     let grid = if config.planned { parts } else { 3 };
     let mut file = Vec::new();
     for number in [
@@ -122,11 +122,9 @@ fn run(
         .pages
         .iter()
         .for_each(|x| file.extend(x.to_le_bytes()));
-    for numbers in [&problem.q, &problem.cache, &problem.values] {
-        numbers
-            .iter()
-            .for_each(|&x| file.extend(bits(desc.dtype, x).to_le_bytes()));
-    }
+    file.extend(half_bytes(desc.dtype, &problem.q));
+    file.extend(cache);
+    file.extend(half_bytes(desc.dtype, &problem.values));
     problem
         .sinks
         .iter()
@@ -336,18 +334,110 @@ fn gqa() {
     );
 }
 
+fn e4m3(desc: AttentionDesc) -> AttentionDesc {
+    AttentionDesc {
+        cache: CacheDtype::E4m3,
+        ..desc
+    }
+}
+
+#[test]
+fn k3_fp8_tiles_of_a_warpgroup_each() {
+    check(
+        e4m3(sinks(AttentionDesc::latent(64, 128, 64, Arch::Sm90a))),
+        &[(&[0, 1, 64, 200], 3), (&[1300, 65, 3], 2)],
+    );
+    check(
+        AttentionDesc {
+            dtype: Dtype::F16,
+            window: Some(128),
+            ..e4m3(AttentionDesc::latent(9, 192, 80, Arch::Sm90a))
+        },
+        &[(&[130, 513], 2)],
+    );
+}
+
+#[test]
+fn k3_fp8_tiles_that_two_warpgroups_share() {
+    check(
+        e4m3(sinks(AttentionDesc::latent(64, 512, 64, Arch::Sm90a))),
+        &[(&[1, 450], 3)],
+    );
+    check(
+        AttentionDesc {
+            query_tokens: 3,
+            mask: Mask::Tree,
+            ..e4m3(AttentionDesc::latent(64, 64, 32, Arch::Sm90a))
+        },
+        &[(&[65, 700, 4], 3)],
+    );
+}
+
+#[test]
+fn k3_fp8_with_mma() {
+    check(
+        e4m3(sinks(AttentionDesc::latent(64, 128, 64, Arch::Sm80))),
+        &[(&[0, 1, 97, 300], 3)],
+    );
+    check(
+        AttentionDesc {
+            query_tokens: 2,
+            mask: Mask::Tree,
+            window: Some(100),
+            dtype: Dtype::F16,
+            ..e4m3(AttentionDesc::latent(9, 64, 16, Arch::Sm89))
+        },
+        &[(&[300, 70], 3)],
+    );
+    check(
+        e4m3(sinks(AttentionDesc::latent(40, 512, 64, Arch::Sm120))),
+        &[(&[150], 3)],
+    );
+}
+
+#[test]
+fn gqa_with_wgmma() {
+    check(
+        AttentionDesc {
+            query_tokens: 7,
+            mask: Mask::Tree,
+            ..sinks(AttentionDesc::grouped(18, 2, 64, Arch::Sm90a))
+        },
+        &[(&[66, 700, 6], 4)],
+    );
+    check(
+        AttentionDesc {
+            query_tokens: 3,
+            dtype: Dtype::F16,
+            ..AttentionDesc::grouped(12, 3, 128, Arch::Sm90a)
+        },
+        &[(&[0, 2, 129, 900], 5)],
+    );
+    check(
+        AttentionDesc {
+            window: Some(128),
+            ..sinks(AttentionDesc::grouped(8, 1, 64, Arch::Sm90a))
+        },
+        &[(&[40, 129, 600], 1)],
+    );
+}
+
 /// Each of these edits of the sources must be noticed: by a wrong answer, or because somebody waits for ever.
 #[test]
 fn mistakes_in_the_sources_are_noticed() {
     let latent = sinks(AttentionDesc::latent(64, 64, 64, Arch::Sm90a));
     let mma = sinks(AttentionDesc::latent(32, 64, 64, Arch::Sm80));
     let gqa = sinks(AttentionDesc::grouped(16, 2, 64, Arch::Sm80));
-    let edits: [(&str, AttentionDesc, Edit); 9] = [
+    let wgmma = sinks(AttentionDesc::grouped(16, 2, 64, Arch::Sm90a));
+    let fp8 = e4m3(latent);
+    let exchanged = sinks(AttentionDesc::latent(16, 320, 16, Arch::Sm90a));
+    let fp8_mma = e4m3(mma);
+    let edits: [(&str, AttentionDesc, Edit); 16] = [
         (
             "a phase of the ring",
             latent,
             (
-                "mla_sm90.cuh",
+                "sm90_load.cuh",
                 "(count / kStages & 1) ^ 1",
                 "(count / kStages & 1)",
             ),
@@ -364,7 +454,7 @@ fn mistakes_in_the_sources_are_noticed() {
         (
             "rows beyond the request left as they are",
             latent,
-            ("mla_sm90.cuh", "start + kTile > piece.length", "false"),
+            ("sm90_tiles.cuh", "start + kTile > piece.length", "false"),
         ),
         (
             "queries that come too early",
@@ -384,7 +474,7 @@ fn mistakes_in_the_sources_are_noticed() {
             "a merge that forgets a warpgroup's scale",
             latent,
             (
-                "mla_sm90.cuh",
+                "sm90_output.cuh",
                 "exchange[i * 128 + thread] * other[r]",
                 "exchange[i * 128 + thread] * own[r]",
             ),
@@ -393,7 +483,7 @@ fn mistakes_in_the_sources_are_noticed() {
             "a sink in every piece",
             latent,
             (
-                "mla_sm90.cuh",
+                "sm90_output.cuh",
                 "    if (piece.slot >= 0) {\n      if (store) p.lse_part[slot_row + row + 8 * r] = lse;\n    } else if",
                 "    if (piece.slot >= 0) {\n      if (store) p.lse_part[slot_row + row + 8 * r] = lse;\n      if (kSinks) denominator += exp2_fast(p.sinks[head] * kLog2e - top);\n    } else if",
             ),
@@ -406,6 +496,57 @@ fn mistakes_in_the_sources_are_noticed() {
                 "copy_wait<kStages - 2>();",
                 "copy_wait<kStages - 1>();",
             ),
+        ),
+        (
+            "a page given back before it is converted",
+            fp8,
+            (
+                "sm90_fp8.cuh",
+                "  if (kBuffers == 1) converters_barrier(ring.group);\n",
+                "  if (kBuffers == 1) converters_barrier(ring.group);\n  if (ring.lane == 0) barrier_arrive(ring.empty + 8 * stage);\n",
+            ),
+        ),
+        (
+            "weights without their token's scale",
+            fp8,
+            ("sm90_fp8.cuh", "= x * of.x;", "= x;"),
+        ),
+        (
+            "a tile multiplied before all of it is converted",
+            fp8_mma,
+            (
+                "mla_mma.cuh",
+                "      if (i == 0) convert_queries(memory);\n      __syncthreads();\n",
+                "      if (i == 0) convert_queries(memory);\n",
+            ),
+        ),
+        (
+            "codes widened to another power of two",
+            fp8_mma,
+            ("fp8.cuh", "0x5c005c00", "0x58005800"),
+        ),
+        (
+            "weights multiplied before the other warpgroup's are there",
+            exchanged,
+            (
+                "mla_sm90.cuh",
+                "  named_barrier<4, kConsumers>();",
+                "  warpgroup_barrier(ring.group);",
+            ),
+        ),
+        (
+            "maxima that the warpgroups do not exchange",
+            exchanged,
+            (
+                "mla_sm90.cuh",
+                "top[r] = fmaxf(tops_of_rows[row + 8 * r], tops_of_rows[64 + row + 8 * r]);",
+                "top[r] = tops_of_rows[ring.group * 64 + row + 8 * r];",
+            ),
+        ),
+        (
+            "values beyond the request left as they are",
+            wgmma,
+            ("gqa_sm90.cuh", "if (valid < kTile) {", "if (false) {"),
         ),
         (
             "a ring overwritten too early",
@@ -434,81 +575,76 @@ fn mistakes_in_the_sources_are_noticed() {
     }
 }
 
-#[test]
-fn appended_rows_are_rotated_and_strangers_are_left_out() {
-    let desc = AttentionDesc {
-        dtype: Dtype::F16,
-        ..AttentionDesc::latent(64, 128, 48, Arch::Sm90a)
-    };
+/// What is wrong with the rows that the compiled append kernel wrote, or nothing.
+fn append(desc: AttentionDesc, edit: Option<Edit>) -> Option<String> {
     let config = AttentionConfig::choose(&desc).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let mut text = prologue(&desc, &config);
     text.push_str("#include \"append.cuh\"\n#include \"append.cpp\"\n");
-    compile_text(text, folder.path(), None);
-    let (rank, rope, table_rows, cache_rows) = (128_usize, 48_usize, 50_usize, 128_usize);
-    // Position and slot of each token; the last three belong nowhere.
-    let tokens: [(i32, i32); 6] = [(0, 5), (49, 127), (7, 64), (3, -1), (3, 128), (50, 9)];
-    let mut random = Random::new(3);
-    let mut numbers = |count: usize| -> Vec<f32> { (0..count).map(|_| random.eighth()).collect() };
-    let (latent, key) = (numbers(tokens.len() * rank), numbers(tokens.len() * rope));
-    let angles: Vec<f32> = (0..table_rows * rope / 2)
-        .map(|i| i as f32 * 0.37)
-        .collect();
+    compile_text(text, folder.path(), edit);
+    let problem = AppendProblem::random(desc, 70, 3).unwrap();
     let mut file = Vec::new();
-    for number in [tokens.len(), table_rows, cache_rows] {
-        file.extend((number as u32).to_le_bytes());
+    for number in [
+        problem.slots.len() as u32,
+        problem.table_rows,
+        problem.pages,
+    ] {
+        file.extend(number.to_le_bytes());
     }
-    tokens.iter().for_each(|t| file.extend(t.0.to_le_bytes()));
-    tokens.iter().for_each(|t| file.extend(t.1.to_le_bytes()));
-    angles
-        .iter()
-        .for_each(|a| file.extend(a.cos().to_le_bytes()));
-    angles
-        .iter()
-        .for_each(|a| file.extend(a.sin().to_le_bytes()));
-    for x in latent.iter().chain(&key) {
-        file.extend(bits(desc.dtype, *x).to_le_bytes());
+    for number in problem.positions.iter().chain(&problem.slots) {
+        file.extend(number.to_le_bytes());
     }
+    for number in problem.cosines.iter().chain(&problem.sines) {
+        file.extend(number.to_le_bytes());
+    }
+    file.extend(half_bytes(desc.dtype, &problem.latent));
+    file.extend(half_bytes(desc.dtype, &problem.key));
     fs::write(folder.path().join("problem"), file).unwrap();
     let status = Command::new(folder.path().join("run"))
         .arg(folder.path().join("problem"))
         .arg(folder.path().join("answer"))
         .status()
         .unwrap();
-    assert!(status.success());
-    let cache: Vec<u16> = fs::read(folder.path().join("answer"))
-        .unwrap()
-        .chunks_exact(2)
-        .map(|c| u16::from_le_bytes([c[0], c[1]]))
-        .collect();
-    for (slot, row) in cache.chunks_exact(rank + rope).enumerate() {
-        let Some(token) = tokens[..3].iter().position(|t| t.1 as usize == slot) else {
-            assert!(row.iter().all(|&b| b == 0x7fff), "row {slot} was written");
-            continue;
-        };
-        let number = |i: usize| f64::from(from_bits(desc.dtype, row[i]));
-        for i in 0..rank {
-            assert_eq!(number(i), f64::from(latent[token * rank + i]));
-        }
-        for i in 0..rope / 2 {
-            let angle = f64::from(angles[tokens[token].0 as usize * rope / 2 + i]);
-            let (x, y) = (
-                f64::from(key[token * rope + i]),
-                f64::from(key[token * rope + i + rope / 2]),
-            );
-            let expected = [
-                x * angle.cos() - y * angle.sin(),
-                y * angle.cos() + x * angle.sin(),
-            ];
-            for (found, expected) in [number(rank + i), number(rank + rope / 2 + i)]
-                .into_iter()
-                .zip(expected)
-            {
-                assert!(
-                    (found - expected).abs() < 1e-3,
-                    "token {token}, component {i}: {found}, expected {expected}"
-                );
-            }
+    if !status.success() {
+        return Some(format!("the program ended with {status}"));
+    }
+    problem.complaint(&fs::read(folder.path().join("answer")).unwrap())
+}
+
+#[test]
+fn appended_rows_are_rotated_and_strangers_are_left_out() {
+    for (desc, edits) in [
+        (
+            AttentionDesc {
+                dtype: Dtype::F16,
+                ..AttentionDesc::latent(64, 128, 48, Arch::Sm90a)
+            },
+            [
+                ("x * cosines[at] - y", "x * cosines[at] + y"),
+                ("slot >= p.cache_rows", "false"),
+            ],
+        ),
+        (
+            e4m3(AttentionDesc::latent(64, 192, 80, Arch::Sm80)),
+            [
+                (
+                    "largest_key = max(largest_key, __shfl",
+                    "largest_key = min(largest_key, __shfl",
+                ),
+                ("[in_page] = scale", "[in_page] = inverse"),
+            ],
+        ),
+    ] {
+        assert_eq!(append(desc, None), None, "{desc}");
+        for (from, to) in edits {
+            let noticed = append(desc, Some(("append.cuh", from, to)));
+            assert!(noticed.is_some(), "{desc}: `{to}` went unnoticed");
         }
     }
+    // One row, and a key of more than 64 numbers.
+    let desc = e4m3(AttentionDesc {
+        dtype: Dtype::F16,
+        ..AttentionDesc::latent(64, 64, 128, Arch::Sm90a)
+    });
+    assert_eq!(append(desc, None), None, "{desc}");
 }

@@ -9,8 +9,8 @@
 
 use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::{
-    Arch, Attention, AttentionDesc, Cache, Compiler, Dtype, KernelError, Mask, Report, Source,
-    Toolchain,
+    Arch, Attention, AttentionDesc, Cache, CacheDtype, Compiler, Dtype, KernelError, Mask, Report,
+    Source, Toolchain,
 };
 
 /// The toolchain; a missing one fails the test with what was found, what is needed and what to do.
@@ -60,6 +60,47 @@ fn latent_decode_on_the_other_architectures() {
     let descs: Vec<AttentionDesc> = [Arch::Sm80, Arch::Sm86, Arch::Sm89, Arch::Sm120]
         .into_iter()
         .flat_map(|arch| [128, 192, 256, 512].map(|rank| gpt_oss(rank, arch)))
+        .collect();
+    check(&descs);
+}
+
+fn e4m3(desc: AttentionDesc) -> AttentionDesc {
+    AttentionDesc {
+        cache: CacheDtype::E4m3,
+        ..desc
+    }
+}
+
+#[test]
+fn fp8_caches_on_hopper() {
+    let mut descs: Vec<AttentionDesc> = mlac_kernels::desc::RANKS
+        .iter()
+        .map(|&rank| e4m3(gpt_oss(rank, Arch::Sm90a)))
+        .collect();
+    descs.extend([
+        AttentionDesc {
+            query_tokens: 4,
+            mask: Mask::Tree,
+            ..e4m3(gpt_oss(192, Arch::Sm90a))
+        },
+        AttentionDesc {
+            query_tokens: 8,
+            dtype: Dtype::F16,
+            ..e4m3(gpt_oss(256, Arch::Sm90a))
+        },
+        AttentionDesc {
+            window: Some(128),
+            ..e4m3(AttentionDesc::latent(9, 192, 112, Arch::Sm90a))
+        },
+    ]);
+    check(&descs);
+}
+
+#[test]
+fn fp8_caches_on_the_other_architectures() {
+    let descs: Vec<AttentionDesc> = [Arch::Sm80, Arch::Sm86, Arch::Sm89, Arch::Sm120]
+        .into_iter()
+        .flat_map(|arch| [192, 512].map(|rank| e4m3(gpt_oss(rank, arch))))
         .collect();
     check(&descs);
 }
@@ -147,6 +188,19 @@ fn grouped_decode() {
     descs.push(AttentionDesc {
         query_tokens: 4,
         ..AttentionDesc::grouped(32, 8, 128, Arch::Sm90a)
+    });
+    descs.push(AttentionDesc {
+        query_tokens: 8,
+        mask: Mask::Tree,
+        ..hopper
+    });
+    descs.push(AttentionDesc {
+        dtype: Dtype::F16,
+        ..AttentionDesc::grouped(64, 1, 128, Arch::Sm90a)
+    });
+    descs.push(AttentionDesc {
+        query_tokens: 4,
+        ..AttentionDesc::grouped(32, 8, 128, Arch::Sm80)
     });
     descs.push(AttentionDesc::grouped(9, 3, 64, Arch::Sm86));
     check(&descs);
@@ -284,6 +338,13 @@ fn requests_choices_and_prologues() {
             ..AttentionDesc::grouped(64, 8, 64, Arch::Sm90a)
         },
         AttentionDesc::grouped(64, 8, 64, Arch::Sm89),
+        e4m3(hopper),
+        e4m3(gpt_oss(512, Arch::Sm90a)),
+        AttentionDesc {
+            query_tokens: 4,
+            ..e4m3(hopper)
+        },
+        e4m3(gpt_oss(512, Arch::Sm89)),
     ] {
         let config = AttentionConfig::choose(&desc).unwrap();
         text.push_str(&format!("{desc}\n{}\n{config}\n\n", desc.slug()));
@@ -336,6 +397,11 @@ fn what_no_kernel_computes_is_refused() {
             query_tokens: 16,
             ..AttentionDesc::grouped(64, 8, 64, Arch::Sm90a)
         },
+        AttentionDesc {
+            query_tokens: 5,
+            ..AttentionDesc::grouped(64, 8, 64, Arch::Sm80)
+        },
+        e4m3(AttentionDesc::grouped(64, 8, 64, Arch::Sm90a)),
     ] {
         text.push_str(&format!(
             "{}\n",

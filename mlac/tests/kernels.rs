@@ -36,7 +36,7 @@ fn a_kernel_is_built_listed_checked_and_its_damage_seen() {
         "compiled in",
         "mlac_decode",
         "stack 0, local 0",
-        "40 HGMMA, 8 UTMALDG, 0 HMMA, 0 LDL, 0 STL",
+        "40 HGMMA, 8 UTMALDG, 0 UBLKCP, 0 HMMA, 0 LDL, 0 STL",
         "not run on a GPU",
     ] {
         assert!(out.contains(part), "{part} in:\n{out}");
@@ -56,6 +56,42 @@ fn a_kernel_is_built_listed_checked_and_its_damage_seen() {
     let check = mlac(folder.path(), &["check"]);
     assert_eq!(check.status.code(), Some(1));
     assert!(text(&check.stdout).contains("damaged or missing"));
+}
+
+#[test]
+fn fp8_kernels_go_into_a_folder_of_ones_own() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let own = folder.path().join("own");
+    let own = own.to_str().expect("a name");
+    let build = [
+        "build",
+        "--arch",
+        "sm_80",
+        "--kv-lora-rank",
+        "64",
+        "--fp8",
+        "--cache",
+        own,
+    ];
+    let built = mlac(folder.path(), &build);
+    let out = text(&built.stdout);
+    assert!(built.status.success(), "{}{out}", text(&built.stderr));
+    assert!(
+        out.contains("bf16 on an e4m3 cache") && out.contains("e4m3 becomes f16"),
+        "{out}"
+    );
+    for command in ["list", "check"] {
+        let there = mlac(folder.path(), &[command, "--cache", own]);
+        assert!(there.status.success());
+        assert!(text(&there.stdout).contains("1 kernels in"));
+        let elsewhere = mlac(folder.path(), &[command]);
+        assert!(text(&elsewhere.stdout).contains("0 kernels in"));
+    }
+    let refused = mlac(
+        folder.path(),
+        &["build", "--arch", "sm_80", "--kv-heads", "8", "--fp8"],
+    );
+    assert_eq!(refused.status.code(), Some(2));
 }
 
 #[test]

@@ -10,6 +10,7 @@ pub mod error;
 pub mod mxfp4;
 pub mod refusal;
 pub mod rope;
+pub mod runtime;
 pub mod tensor;
 pub mod tokenizer;
 

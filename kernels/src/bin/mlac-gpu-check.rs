@@ -16,14 +16,16 @@ const HELP: &str = "\
 Checks mlac's attention kernels on this machine's GPU: parity with an f64 reference, then speed.
 It needs nothing but an NVIDIA driver for CUDA 13.0 or later.
 
-Usage: mlac-gpu-check [--device N] [--seed S] [--repeats N] [--json FILE]
+Usage: mlac-gpu-check [--device N] [--seed S] [--repeats N] [--json FILE] [--peers FOLDER]
        mlac-gpu-check --self-test
        mlac-gpu-check --pack FOLDER [--arch sm_90a,sm_80]
 
   --device N     the GPU (0)
   --seed S       repeat a run's inputs (default: fresh ones)
   --repeats N    times each shape is timed (30)
-  --json FILE    where the results go (gpu-check.json beside the program)
+  --json FILE    where the results go (gpu-check.json beside the program); the picture beside it, .svg
+  --peers FOLDER run FlashMLA and FlashAttention-3 too: FOLDER is what fetch_peers.py made where there is a
+                 network; needs a Python with PyTorch 2.11 (python3, or MLAC_PYTHON)
   --self-test    check the folder on the CPU: digests, ELF headers, emulator parity
   --pack FOLDER  compile the kernels and fill a folder (needs `cargo xtask setup`)
   --arch LIST    architectures to pack (sm_90a)
@@ -55,6 +57,7 @@ fn parse() -> Result<Option<Arguments>, Refusal> {
                 .duration_since(std::time::UNIX_EPOCH)
                 .map_or(1, |t| t.as_nanos() as u64),
             repeats: 30,
+            peers: None,
         },
     };
     let mut words = std::env::args().skip(1);
@@ -68,6 +71,7 @@ fn parse() -> Result<Option<Arguments>, Refusal> {
             "--help" | "-h" => return Ok(None),
             "--self-test" => arguments.self_test = true,
             "--pack" => arguments.pack = Some(value()?.into()),
+            "--peers" => arguments.options.peers = Some(value()?.into()),
             "--json" => arguments.json = Some(value()?.into()),
             "--device" => arguments.options.device = number(&word, &value()?)?,
             "--seed" => arguments.options.seed = number(&word, &value()?)?,
@@ -139,7 +143,13 @@ fn go() -> Result<bool, KernelError> {
     };
     let text = serde_json::to_vec_pretty(&results).map_err(|error| failed(error.into()))?;
     std::fs::write(&path, text).map_err(failed)?;
-    println!("{}", path.display());
+    let picture = path.with_extension("svg");
+    std::fs::write(&picture, results.svg()).map_err(|source| KernelError::Io {
+        path: picture.clone(),
+        action: "write",
+        source,
+    })?;
+    println!("{}\n{}", path.display(), picture.display());
     if !results.passed() {
         println!("FAILED: a kernel differs from the reference, or its runs differ from each other");
     }

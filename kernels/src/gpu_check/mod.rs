@@ -2,13 +2,20 @@
 //!
 //! [`pack()`] fills the folder where the toolchain is; [`self_test`] checks it on any CPU; [`run()`] checks and times it on a GPU.
 
+mod bench;
 mod pack;
+mod parity;
+mod peers;
+mod results;
 mod run;
+mod svg;
 
 pub use pack::{Pack, Packed, self_test};
-pub use run::{Bench, Options, Parity, Results, run};
+pub use peers::Peer;
+pub use results::{AppendParity, Bench, Parity, Results, Split};
+pub use run::{Options, run};
 
-use crate::desc::{Attention, AttentionDesc, Dtype, Mask};
+use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype, Mask};
 use crate::{Arch, Result};
 
 /// Every request that is packed for an architecture: GPT-OSS's attention as MLA and as GQA.
@@ -33,6 +40,10 @@ pub fn requests(arch: Arch) -> Vec<AttentionDesc> {
             ..AttentionDesc::latent(64, rank, 64, arch)
         };
         requests.push(mla);
+        requests.push(AttentionDesc {
+            cache: CacheDtype::E4m3,
+            ..mla
+        });
         if rank <= 256 {
             requests.extend([
                 AttentionDesc {
@@ -78,8 +89,30 @@ pub fn requests(arch: Arch) -> Vec<AttentionDesc> {
             mask: Mask::Full,
             ..mla
         },
+        AttentionDesc {
+            cache: CacheDtype::E4m3,
+            query_tokens: 4,
+            ..mla
+        },
+        AttentionDesc {
+            sinks: false,
+            ..AttentionDesc::grouped(32, 8, 128, arch)
+        },
     ]);
     requests
+}
+
+/// Requests whose smallest piece of a divided cache is tried, and the sizes in tokens.
+pub fn split_requests(arch: Arch) -> (Vec<AttentionDesc>, [u32; 5]) {
+    let mla = AttentionDesc {
+        sinks: true,
+        ..AttentionDesc::latent(64, 192, 64, arch)
+    };
+    let gqa = AttentionDesc {
+        sinks: true,
+        ..AttentionDesc::grouped(64, 8, 64, arch)
+    };
+    (vec![mla, gqa], [128, 256, 512, 1024, 2048])
 }
 
 /// Compiles every request of these architectures into `folder`, and puts the running program beside them.

@@ -6,7 +6,8 @@ use std::path::Path;
 use mlac_model::Refusal;
 use serde::{Deserialize, Serialize};
 
-use super::requests;
+use super::peers::FILES as PEERS;
+use super::{requests, split_requests};
 use crate::cache::{Cache, digest};
 use crate::config::AttentionConfig;
 use crate::desc::AttentionDesc;
@@ -29,6 +30,8 @@ pub struct Pack {
     pub version: String,
     /// The cubins.
     pub kernels: Vec<Packed>,
+    /// The same with other smallest pieces of a divided cache.
+    pub splits: Vec<Packed>,
 }
 
 /// A cubin of a pack.
@@ -57,32 +60,49 @@ pub(super) fn pack(folder: &Path, archs: &[Arch]) -> Result<Pack> {
         compiler: compiler.identity().to_owned(),
         version: env!("CARGO_PKG_VERSION").to_owned(),
         kernels: Vec::new(),
+        splits: Vec::new(),
+    };
+    let add = |desc: AttentionDesc, config: AttentionConfig, file: String| -> Result<Packed> {
+        let cubin = cache.get_with(&desc, config, &compiler)?;
+        let report = Report::of(&toolchain, &cubin.path)?;
+        let complaints = report.complaints(&desc, &cubin.entry.config, &cubin.entry.log);
+        if !complaints.is_empty() {
+            return Err(Refusal::new(
+                desc.slug(),
+                "a cubin that passes the static checks",
+                complaints.join("; "),
+                "run `cargo test -p mlac-kernels`",
+            )
+            .into());
+        }
+        let path = folder.join(&file);
+        fs::write(&path, &cubin.bytes).map_err(KernelError::io(&path, "write"))?;
+        Ok(Packed {
+            file,
+            sha256: cubin.entry.sha256,
+            desc,
+            config: cubin.entry.config,
+            report,
+        })
     };
     for &arch in archs {
         for desc in requests(arch) {
-            let cubin = cache.get(&desc, &compiler)?;
-            let report = Report::of(&toolchain, &cubin.path)?;
-            let complaints = report.complaints(&desc, &cubin.entry.config, &cubin.entry.log);
-            if !complaints.is_empty() {
-                return Err(Refusal::new(
-                    desc.slug(),
-                    "a cubin that passes the static checks",
-                    complaints.join("; "),
-                    "run `cargo test -p mlac-kernels`",
-                )
-                .into());
-            }
-            let file = format!("{}.cubin", desc.slug());
-            let path = folder.join(&file);
-            fs::write(&path, &cubin.bytes).map_err(KernelError::io(&path, "write"))?;
-            pack.kernels.push(Packed {
-                file,
-                sha256: cubin.entry.sha256,
-                desc,
-                config: cubin.entry.config,
-                report,
-            });
+            let config = AttentionConfig::choose(&desc)?;
+            pack.kernels
+                .push(add(desc, config, format!("{}.cubin", desc.slug()))?);
         }
+        let (descs, sizes) = split_requests(arch);
+        for desc in descs {
+            for tokens in sizes {
+                let config = AttentionConfig::choose(&desc)?.with_min_split(tokens);
+                let file = format!("{}-pieces-of-{tokens}.cubin", desc.slug());
+                pack.splits.push(add(desc, config, file)?);
+            }
+        }
+    }
+    for (name, text) in PEERS {
+        let path = folder.join(name);
+        fs::write(&path, text).map_err(KernelError::io(&path, "write"))?;
     }
     let program = std::env::current_exe().map_err(KernelError::io(folder, "find this program"))?;
     let copy = folder.join(PROGRAM);
@@ -174,7 +194,7 @@ fn loadable(
 pub fn self_test(folder: &Path) -> Result<String> {
     let pack = Pack::open(folder)?;
     let mut seen = 0;
-    for packed in &pack.kernels {
+    for packed in pack.kernels.iter().chain(&pack.splits) {
         let refuse = |expected: &str, found: String| {
             KernelError::from(Refusal::new(
                 packed.file.clone(),
@@ -192,7 +212,11 @@ pub fn self_test(folder: &Path) -> Result<String> {
             .collect();
         loadable(&bytes, &packed.desc, &functions)
             .map_err(|found| refuse("a cubin that a driver loads", found))?;
-        if AttentionConfig::choose(&packed.desc)? != packed.config {
+        let mut choice = AttentionConfig::choose(&packed.desc)?;
+        if choice.min_split != packed.config.min_split {
+            choice = choice.with_min_split(packed.config.min_split * packed.config.tile);
+        }
+        if choice != packed.config {
             return Err(refuse(
                 "the choice that this program makes",
                 packed.config.to_string(),

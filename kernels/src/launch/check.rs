@@ -100,7 +100,7 @@ impl Workspace {
 pub struct Call {
     /// `[batch, query tokens, query heads, row]`, in the request's type.
     pub q: Region,
-    /// Latent `[pages, 64, row]`, or keys `[pages, 64, KV heads, head size]`.
+    /// Latent `[pages, 64, row]`, for an FP8 cache pages as [`crate::fp8`] says, or keys `[pages, 64, KV heads, head size]`.
     pub cache: Region,
     /// Values as the keys; empty for a latent.
     pub values: Region,
@@ -195,12 +195,7 @@ impl Call {
         }
         let rows = u64::from(self.batch) * u64::from(desc.query_tokens * desc.query_heads);
         let batch = u64::from(self.batch);
-        let page = match desc.attention {
-            Attention::Latent { .. } => u64::from(desc.page * desc.row()) * 2,
-            Attention::Grouped { kv_heads, head_dim } => {
-                u64::from(desc.page * kv_heads * head_dim) * 2
-            }
-        };
+        let page = desc.page_bytes();
         let workspace = Workspace::of(desc, config, self.batch, parts);
         let grouped = matches!(desc.attention, Attention::Grouped { .. });
         let absent = |wanted: bool, bytes: u64| if wanted { bytes } else { 0 };
@@ -338,7 +333,7 @@ pub struct Append {
     pub positions: Region,
     /// `[tokens]` i32: page * 64 + row of the page; negative: none.
     pub slots: Region,
-    /// `[pages, 64, row]`, written.
+    /// `[pages, 64, row]`, or pages as [`crate::fp8`] says, written.
     pub cache: Region,
     /// Tokens.
     pub tokens: u32,
@@ -385,7 +380,7 @@ impl Append {
             u64::from(rope_dim),
         );
         let table = u64::from(self.table_rows) * rope * 2;
-        let row = (rank + rope) * 2;
+        let page = desc.page_bytes();
         for (name, region, bytes, align) in [
             ("latent", self.latent, tokens * rank * 2, 16),
             ("key", self.key, tokens * rope * 2, 2),
@@ -393,7 +388,7 @@ impl Append {
             ("sines", self.sines, table, 4),
             ("positions", self.positions, tokens * 4, 4),
             ("slots", self.slots, tokens * 4, 4),
-            ("cache", self.cache, row, 16),
+            ("cache", self.cache, page, 16),
         ] {
             if region.bytes < bytes {
                 return refuse(
@@ -410,11 +405,11 @@ impl Append {
                 );
             }
         }
-        let rows = self.cache.bytes / row;
-        if !self.cache.bytes.is_multiple_of(row) || rows > i32::MAX as u64 {
+        let rows = self.cache.bytes / page * u64::from(desc.page);
+        if !self.cache.bytes.is_multiple_of(page) || rows > i32::MAX as u64 {
             return refuse(
                 "cache",
-                format!("whole rows of {row} bytes, at most {}", i32::MAX),
+                format!("whole pages of {page} bytes, at most {} rows", i32::MAX),
                 format!("{} bytes", self.cache.bytes),
             );
         }
@@ -439,7 +434,7 @@ impl Append {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::Arch;
+    use crate::{Arch, CacheDtype};
 
     type Change = fn(&mut Call);
     type AppendChange = fn(&mut Append);
@@ -509,6 +504,18 @@ mod tests {
         }
         assert!(good.check(&desc, &config, 0).is_err());
         assert!(good.check(&desc, &config, 1025).is_err());
+        // An FP8 page is 64 * (192 + 2 * 64 + 4) bytes.
+        let e4m3 = AttentionDesc {
+            cache: CacheDtype::E4m3,
+            ..desc
+        };
+        let config = AttentionConfig::choose(&e4m3).unwrap();
+        let mut fp8 = good;
+        fp8.cache = region(3 * 20_736);
+        assert_eq!(fp8.check(&e4m3, &config, 132).unwrap().cache_pages, 3);
+        fp8.cache = good.cache;
+        let text = fp8.check(&e4m3, &config, 132).unwrap_err().to_string();
+        assert!(text.contains("whole pages of 20736 bytes"), "{text}");
         let window = AttentionDesc {
             window: Some(128),
             ..desc
@@ -534,6 +541,14 @@ mod tests {
         };
         let (params, blocks) = good.check(&desc).unwrap();
         assert_eq!((params.cache_rows, blocks), (192, 2));
+        let e4m3 = AttentionDesc {
+            cache: CacheDtype::E4m3,
+            ..desc
+        };
+        let mut fp8 = good;
+        assert!(fp8.check(&e4m3).is_err());
+        fp8.cache = region(2 * 20_736);
+        assert_eq!(fp8.check(&e4m3).unwrap().0.cache_rows, 128);
         let changes: [(&str, AppendChange); 5] = [
             ("latent: expected at least 1920 bytes", |a| {
                 a.latent.bytes -= 1;
@@ -542,7 +557,7 @@ mod tests {
                 a.sines.bytes = 0;
             }),
             ("cache: expected a device address", |a| a.cache.address = 0),
-            ("cache: expected whole rows", |a| a.cache.bytes += 2),
+            ("cache: expected whole pages", |a| a.cache.bytes += 2),
             ("tokens and table rows: expected 1 to", |a| a.tokens = 0),
         ];
         for (expected, change) in changes {

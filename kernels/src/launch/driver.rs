@@ -12,7 +12,7 @@ use mlac_model::Refusal;
 
 use super::check::{Append, Call, Grids, MAX_PARTS, Region};
 use crate::config::{AttentionConfig, Kernel};
-use crate::desc::{Attention, AttentionDesc, Dtype};
+use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype};
 use crate::error::{KernelError, Result};
 
 fn failed<E: Display>(action: &str) -> impl FnOnce(E) -> KernelError + use<'_, E> {
@@ -424,32 +424,21 @@ impl Decoder {
         }
         let mut params = grids.decode;
         let dependent = self.plan.is_some() && self.desc.arch.has_wgmma();
-        if self.config.kernel == Kernel::LatentWgmma {
-            let (mut queries, mut cache) = self.maps(call, &grids)?;
-            launch(
-                self.decode,
-                grids.decode_blocks,
-                self.config.threads,
-                self.config.shared_bytes,
-                stream,
-                dependent,
-                &mut [
-                    ptr::from_mut(&mut params).cast(),
-                    ptr::from_mut(&mut queries).cast(),
-                    ptr::from_mut(&mut cache).cast(),
-                ],
-            )?;
-        } else {
-            launch(
-                self.decode,
-                grids.decode_blocks,
-                self.config.threads,
-                self.config.shared_bytes,
-                stream,
-                dependent,
-                &mut [ptr::from_mut(&mut params).cast()],
-            )?;
-        }
+        let mut maps = self.maps(call, &grids)?;
+        let mut arguments = vec![ptr::from_mut(&mut params).cast()];
+        arguments.extend(
+            maps.iter_mut()
+                .map(|map| ptr::from_mut(map).cast::<c_void>()),
+        );
+        launch(
+            self.decode,
+            grids.decode_blocks,
+            self.config.threads,
+            self.config.shared_bytes,
+            stream,
+            dependent,
+            &mut arguments,
+        )?;
         if let Some((_, combine)) = self.plan {
             launch(
                 combine,
@@ -484,19 +473,26 @@ impl Decoder {
         )
     }
 
-    /// Tensor maps of queries and cache: boxes of 64 columns, 64 rows, one token or page.
-    fn maps(&self, call: &Call, grids: &Grids) -> Result<(sys::CUtensorMap, sys::CUtensorMap)> {
-        let Attention::Latent { .. } = self.desc.attention else {
-            return Err(failed("describe a tensor")("the request has no latent"));
+    /// The tensor maps that the decode kernel takes, in its order: boxes of 64 columns, 64 rows, one token or page.
+    fn maps(&self, call: &Call, grids: &Grids) -> Result<Vec<sys::CUtensorMap>> {
+        let desc = &self.desc;
+        let (row, page) = (u64::from(desc.row()), u64::from(desc.page));
+        let tokens = u64::from(call.batch * desc.query_tokens);
+        let queries = (call.q, [row, u64::from(desc.query_heads), tokens]);
+        let of_cache = |region| {
+            let columns = row * u64::from(desc.kv_heads());
+            (region, [columns, page, grids.cache_pages])
         };
-        let row = u64::from(self.desc.row());
-        let heads = u64::from(self.desc.query_heads);
-        let tokens = u64::from(call.batch * self.desc.query_tokens);
-        let page = u64::from(self.desc.page);
-        Ok((
-            tensor_map(self.desc.dtype, call.q, [row, heads, tokens])?,
-            tensor_map(self.desc.dtype, call.cache, [row, page, grids.cache_pages])?,
-        ))
+        let wanted = match (self.config.kernel, desc.cache) {
+            (Kernel::LatentWgmma, CacheDtype::Same) => vec![queries, of_cache(call.cache)],
+            (Kernel::LatentWgmma, CacheDtype::E4m3) => vec![queries],
+            (Kernel::GroupedWgmma, _) => vec![of_cache(call.cache), of_cache(call.values)],
+            (Kernel::LatentMma | Kernel::GroupedMma, _) => Vec::new(),
+        };
+        wanted
+            .into_iter()
+            .map(|(region, extent)| tensor_map(desc.dtype, region, extent))
+            .collect()
     }
 }
 

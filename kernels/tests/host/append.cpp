@@ -18,17 +18,21 @@ int main(int, char** arguments) {
   AppendParams p{};
   p.tokens = head[0];
   p.table_rows = head[1];
-  p.cache_rows = head[2];
+  p.cache_rows = head[2] * kPage;
   p.positions = static_cast<const int*>(take(p.tokens * 4));
   p.slots = static_cast<const int*>(take(p.tokens * 4));
   p.cosines = static_cast<const float*>(take((size_t)p.table_rows * kRope * 2));
   p.sines = static_cast<const float*>(take((size_t)p.table_rows * kRope * 2));
   p.latent = take((size_t)p.tokens * kRank * 2);
   p.key = take((size_t)p.tokens * kRope * 2);
-  const size_t count = (size_t)p.cache_rows * (kRank + kRope);
-  auto* cache = static_cast<u16*>(std::aligned_alloc(64, count * 2));
-  std::fill(cache, cache + count, (u16)0x7fff);
+#if MLAC_FP8
+  const size_t bytes_of_cache = (size_t)head[2] * kPageBytes;
+#else
+  const size_t bytes_of_cache = (size_t)p.cache_rows * (kRank + kRope) * 2;
+#endif
+  auto* cache = static_cast<u8*>(std::aligned_alloc(64, bytes_of_cache));
+  std::fill(cache, cache + bytes_of_cache, (u8)0xff);
   p.cache = cache;
   machine.run(ceil_div(p.tokens, kAppendWarps), kAppendWarps * 32, 1, [&] { mlac_append(p); });
-  std::ofstream(arguments[2], std::ios::binary).write(reinterpret_cast<const char*>(cache), count * 2);
+  std::ofstream(arguments[2], std::ios::binary).write(reinterpret_cast<const char*>(cache), bytes_of_cache);
 }

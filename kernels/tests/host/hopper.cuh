@@ -57,6 +57,18 @@ inline void tma_load(u32 destination, const TensorMap* map, int c0, int c1, int 
   });
 }
 
+inline void bulk_load(u32 destination, const void* source, int bytes, u32 barrier) {
+  if (destination % 16 != 0 || (u64)source % 16 != 0 || bytes % 16 != 0) machine.fail("a copy that is not aligned to 16");
+  std::memset(machine.shared + destination, 0xff, bytes);
+  machine.loads.push_back([=] {
+    std::memcpy(machine.shared + destination, source, bytes);
+    Barrier& b = barrier_at(barrier);
+    b.bytes -= bytes;
+    if (b.bytes < 0) machine.fail("more bytes than the mbarrier expects");
+    machine.settle(b);
+  });
+}
+
 template <int Registers>
 void keep_registers() {}
 template <int Registers>
@@ -105,7 +117,7 @@ inline float element(u64 descriptor, bool transposed, int mn, int k) {
                       : start + mn % 8 * 128 + mn / 8 * stride + k * 2;
   u16 bits;
   std::memcpy(&bits, machine.shared + swizzled(at), 2);
-  return unpack(bits);
+  return factor(bits);
 }
 
 // All threads of a warpgroup bring their registers; `work` multiplies when it is waited for.
@@ -134,12 +146,31 @@ inline float& accumulator(const Brought& all, int row, int column) {
   return all.d[thread][column / 8 * 4 + row % 16 / 8 * 2 + column % 2];
 }
 
-inline void wgmma_scores(float (&d)[32], u64 a, u64 b, int add) {
+template <int N>
+void wgmma_scores(float (&d)[N], u64 a, u64 b, int add) {
   bring(d, nullptr, [=](const Brought& all) {
+    for (int m = 0; m < 64; ++m)
+      for (int n = 0; n < 2 * N; ++n) {
+        float sum = 0.0f;
+        for (int k = 0; k < 16; ++k) sum += element(a, false, m, k) * element(b, false, n, k);
+        float& out = accumulator(all, m, n);
+        out = add ? out + sum : sum;
+      }
+  });
+}
+
+// The number of a first operand in registers: row m, multiplied dimension k.
+inline float first_factor(const Brought& all, int m, int k) {
+  u32 word = all.a[m / 16 * 32 + m % 8 * 4 + k % 8 / 2][k / 8 * 2 + m % 16 / 8];
+  return factor((u16)(k % 2 ? word >> 16 : word));
+}
+
+inline void wgmma_scores(float (&d)[32], const u32* a, u64 b, int add) {
+  bring(d, a, [=](const Brought& all) {
     for (int m = 0; m < 64; ++m)
       for (int n = 0; n < 64; ++n) {
         float sum = 0.0f;
-        for (int k = 0; k < 16; ++k) sum += element(a, false, m, k) * element(b, false, n, k);
+        for (int k = 0; k < 16; ++k) sum += first_factor(all, m, k) * element(b, false, n, k);
         float& out = accumulator(all, m, n);
         out = add ? out + sum : sum;
       }
@@ -154,16 +185,29 @@ void wgmma_values(float (&d)[N], const u32* a, u64 b) {
       for (int n = 0; n < 2 * N; ++n) values[k][n] = element(b, true, n, k);
     for (int m = 0; m < 64; ++m) {
       float weights[16];
-      for (int k = 0; k < 16; ++k) {
-        int thread = m / 16 * 32 + m % 8 * 4 + k % 8 / 2;
-        u32 word = all.a[thread][k / 8 * 2 + m % 16 / 8];
-        weights[k] = unpack((u16)(k % 2 ? word >> 16 : word));
-      }
+      for (int k = 0; k < 16; ++k) weights[k] = first_factor(all, m, k);
       for (int n = 0; n < 2 * N; ++n) {
         float sum = 0.0f;
         for (int k = 0; k < 16; ++k) sum += weights[k] * values[k][n];
         accumulator(all, m, n) += sum;
       }
     }
+  });
+}
+
+template <int N>
+void wgmma_values(float (&d)[N], u64 a, u64 b) {
+  bring(d, nullptr, [=](const Brought& all) {
+    static float weights[64][16], values[16][2 * N];
+    for (int k = 0; k < 16; ++k) {
+      for (int m = 0; m < 64; ++m) weights[m][k] = element(a, false, m, k);
+      for (int n = 0; n < 2 * N; ++n) values[k][n] = element(b, true, n, k);
+    }
+    for (int m = 0; m < 64; ++m)
+      for (int n = 0; n < 2 * N; ++n) {
+        float sum = 0.0f;
+        for (int k = 0; k < 16; ++k) sum += weights[m][k] * values[k][n];
+        accumulator(all, m, n) += sum;
+      }
   });
 }

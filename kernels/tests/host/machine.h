@@ -207,7 +207,14 @@ struct float2 {
 struct uint4 {
   u32 x, y, z, w;
 };
+struct alignas(8) uint2 {
+  u32 x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
 
 #define __device__
 #define __forceinline__ inline
@@ -232,6 +239,7 @@ inline u32 float_bits(float x) {
   std::memcpy(&bits, &x, 4);
   return bits;
 }
+inline u32 __float_as_uint(float x) { return float_bits(x); }
 inline int __popcll(u64 x) { return __builtin_popcountll(x); }
 inline int __popc(u32 x) { return __builtin_popcount(x); }
 

@@ -22,7 +22,11 @@ int main(int, char** arguments) {
   const float scale = __int_as_float((u32)head[6]);
   const size_t rows = (size_t)batch * kQueryTokens * kAllHeads;
   const int row = kGqa ? kHeadDim : kRank + kRope, out_row = kGqa ? kHeadDim : kRank;
-  const size_t width = kGqa ? kKvHeads * kHeadDim : row;
+#if MLAC_FP8
+  const size_t cache_words = (size_t)cache_pages * kPageBytes / 2;
+#else
+  const size_t cache_words = (size_t)cache_pages * kPage * (kGqa ? kKvHeads * kHeadDim : row);
+#endif
   const auto lengths = take<int>(at, batch);
   const auto pages = take<int>(at, (size_t)batch * page_stride);
   // Copies of 16 bytes want aligned sources.
@@ -33,8 +37,8 @@ int main(int, char** arguments) {
     return memory;
   };
   const u16* q = aligned(rows * row);
-  const u16* cache = aligned((size_t)cache_pages * kPage * width);
-  const u16* values = kGqa ? aligned((size_t)cache_pages * kPage * width) : nullptr;
+  const u16* cache = aligned(cache_words);
+  const u16* values = kGqa ? aligned(cache_words) : nullptr;
   const auto sinks = take<float>(at, kSinks ? kAllHeads : 0);
   const auto tree = take<u64>(at, kMask == 2 ? (size_t)batch * kQueryTokens : 0);
 
@@ -66,9 +70,20 @@ int main(int, char** arguments) {
   machine.run(1, kPlanThreads, seed, [&] { mlac_plan(plan); });
 #endif
 #if HOST_TMA
+#if HOST_GROUPED
+  const int columns = kKvHeads * kHeadDim;
+  TensorMap key_map{cache, {columns, kPage, cache_pages}, {(u64)columns, (u64)columns * kPage}};
+  TensorMap value_map{values, {columns, kPage, cache_pages}, {(u64)columns, (u64)columns * kPage}};
+  machine.run(grid, HOST_THREADS, seed, [&] { mlac_decode(p, key_map, value_map); });
+#else
   TensorMap query_map{q, {row, kHeads, batch * kQueryTokens}, {(u64)row, (u64)row * kHeads}};
+#if MLAC_FP8
+  machine.run(grid, HOST_THREADS, seed, [&] { mlac_decode(p, query_map); });
+#else
   TensorMap cache_map{cache, {row, kPage, cache_pages}, {(u64)row, (u64)row * kPage}};
   machine.run(grid, HOST_THREADS, seed, [&] { mlac_decode(p, query_map, cache_map); });
+#endif
+#endif
 #else
   machine.run(grid, HOST_THREADS, seed, [&] { mlac_decode(p); });
 #endif

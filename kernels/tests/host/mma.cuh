@@ -60,7 +60,7 @@ inline void load_2(u32 (&m)[2], u32 address) { load_matrices(m, address, false);
 inline void load_4(u32 (&m)[4], u32 address) { load_matrices(m, address, false); }
 inline void load_4_transposed(u32 (&m)[4], u32 address) { load_matrices(m, address, true); }
 
-inline float half_of(u64 word, int which) { return unpack((u16)(word >> (16 * which))); }
+inline float half_of(u64 word, int which) { return factor((u16)(word >> (16 * which))); }
 
 inline void multiply(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
   u64 words[4] = {a[0] | (u64)a[1] << 32, a[2] | (u64)a[3] << 32, b0 | (u64)b1 << 32, 0};

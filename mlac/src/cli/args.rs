@@ -358,10 +358,18 @@ pub enum KernelCommand {
     Build(KernelBuildArgs),
     /// List the compiled kernels.
     #[command(after_help = "Example:\n  mlac kernels list")]
-    List,
+    List(KernelCacheArgs),
     /// Check every compiled kernel: digests, stack, spills, instructions. Exit code 1 if any is not as it must be.
-    #[command(after_help = "Example:\n  mlac kernels check")]
-    Check,
+    #[command(after_help = "Example:\n  mlac kernels check --cache kernels/")]
+    Check(KernelCacheArgs),
+}
+
+/// Where compiled kernels are.
+#[derive(Debug, Args)]
+pub struct KernelCacheArgs {
+    /// Folder of compiled kernels [default: `MLAC_KERNEL_CACHE`, else the user's cache folder].
+    #[arg(long, value_name = "DIR")]
+    pub cache: Option<PathBuf>,
 }
 
 /// Which cached tokens a query token sees.
@@ -421,10 +429,13 @@ pub struct KernelBuildArgs {
     /// f16 instead of bf16.
     #[arg(long)]
     pub f16: bool,
+    /// The latents in the cache are FP8 (e4m3) with a scale for every token.
+    #[arg(long, conflicts_with = "kv_heads")]
+    pub fp8: bool,
     /// Tokens in a page of the cache.
     #[arg(long, default_value_t = 64)]
     pub page: u32,
-    /// Folder of compiled kernels [default: `MLAC_KERNEL_CACHE`, else the user's cache folder].
-    #[arg(long, value_name = "DIR")]
-    pub cache: Option<PathBuf>,
+    /// Where the compiled kernel goes.
+    #[command(flatten)]
+    pub place: KernelCacheArgs,
 }

@@ -4,20 +4,20 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use mlac_kernels::{
-    Attention, AttentionDesc, Cache, Compiler, Cubin, Dtype, Mask, Report, Toolchain,
+    Attention, AttentionDesc, Cache, CacheDtype, Compiler, Cubin, Dtype, Mask, Report, Toolchain,
 };
 use serde::Serialize;
 
 use super::Context;
-use crate::cli::args::{KernelBuildArgs, KernelCommand, MaskArg};
+use crate::cli::args::{KernelBuildArgs, KernelCacheArgs, KernelCommand, MaskArg};
 use crate::cli::units::show_bytes;
 use crate::error::Error;
 
 pub(super) fn run(command: &KernelCommand, context: Context) -> Result<bool, Error> {
     match command {
         KernelCommand::Build(args) => build(args, context),
-        KernelCommand::List => list(context),
-        KernelCommand::Check => check(context),
+        KernelCommand::List(place) => list(place, context),
+        KernelCommand::Check(place) => check(place, context),
     }
 }
 
@@ -44,6 +44,11 @@ fn desc(args: &KernelBuildArgs) -> Result<AttentionDesc, Error> {
         window: args.window,
         sinks: args.sinks,
         dtype: if args.f16 { Dtype::F16 } else { Dtype::Bf16 },
+        cache: if args.fp8 {
+            CacheDtype::E4m3
+        } else {
+            CacheDtype::Same
+        },
         page: args.page,
         arch: args.arch.parse()?,
     })
@@ -93,7 +98,7 @@ fn build(args: &KernelBuildArgs, context: Context) -> Result<bool, Error> {
     let toolchain = Toolchain::find()?;
     let compiler = Compiler::load(&toolchain)?;
     let started = Instant::now();
-    let cubin = cache(args.cache.as_deref())?.get(&desc, &compiler)?;
+    let cubin = cache(&args.place)?.get(&desc, &compiler)?;
     let seconds = started.elapsed().as_secs_f64();
     let told = Told::of(&cubin, Some(Report::of(&toolchain, &cubin.path)?));
     let mut text = format!("{desc}\n{}\n", told.choice);
@@ -117,8 +122,8 @@ fn build(args: &KernelBuildArgs, context: Context) -> Result<bool, Error> {
     Ok(told.complaints.is_empty())
 }
 
-fn cache(folder: Option<&std::path::Path>) -> Result<Cache, Error> {
-    Ok(match folder {
+fn cache(place: &KernelCacheArgs) -> Result<Cache, Error> {
+    Ok(match &place.cache {
         Some(folder) => Cache::at(folder),
         None => Cache::of_user()?,
     })
@@ -130,8 +135,8 @@ fn complain(text: &mut String, told: &Told) {
     }
 }
 
-fn list(context: Context) -> Result<bool, Error> {
-    let cache = Cache::of_user()?;
+fn list(place: &KernelCacheArgs, context: Context) -> Result<bool, Error> {
+    let cache = cache(place)?;
     let mut text = String::new();
     let mut told = Vec::new();
     let mut whole = true;
@@ -163,8 +168,8 @@ fn list(context: Context) -> Result<bool, Error> {
     Ok(whole)
 }
 
-fn check(context: Context) -> Result<bool, Error> {
-    let cache = Cache::of_user()?;
+fn check(place: &KernelCacheArgs, context: Context) -> Result<bool, Error> {
+    let cache = cache(place)?;
     let toolchain = Toolchain::find()?;
     let mut text = String::new();
     let mut told = Vec::new();
