@@ -5,6 +5,7 @@
 //! without a GPU. [`emulate`] runs the same tile order in plain Rust against a naive f64 reference.
 
 pub mod arch;
+pub mod bundle;
 pub mod cache;
 pub mod config;
 pub mod desc;

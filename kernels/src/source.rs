@@ -7,7 +7,7 @@ use crate::desc::{Attention, AttentionDesc, Dtype, Mask};
 use crate::layout::Descriptor;
 
 /// The files that `#include` finds.
-pub const HEADERS: [(&str, &str); 10] = [
+pub const HEADERS: [(&str, &str); 11] = [
     ("append.cuh", include_str!("../cuda/append.cuh")),
     ("combine.cuh", include_str!("../cuda/combine.cuh")),
     ("common.cuh", include_str!("../cuda/common.cuh")),
@@ -18,6 +18,7 @@ pub const HEADERS: [(&str, &str); 10] = [
     ("mma.cuh", include_str!("../cuda/mma.cuh")),
     ("plan.cuh", include_str!("../cuda/plan.cuh")),
     ("ptx.cuh", include_str!("../cuda/ptx.cuh")),
+    ("store.cuh", include_str!("../cuda/store.cuh")),
 ];
 
 /// What the compiler is told besides the architecture.
@@ -39,7 +40,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// The kernels of one request: decode, plan and combine where the work is divided, append for latent caches.
+    /// The kernels of one request: decode, plan and combine where the work is divided, append and store for latent caches.
     pub fn of(desc: &AttentionDesc, config: &AttentionConfig) -> Self {
         let mut text = prologue(desc, config);
         let mut functions = vec!["mlac_decode"];
@@ -55,8 +56,8 @@ impl Source {
             functions.extend(["mlac_plan", "mlac_combine"]);
         }
         if matches!(desc.attention, Attention::Latent { .. }) {
-            text.push_str("#include \"append.cuh\"\n");
-            functions.push("mlac_append");
+            text.push_str("#include \"append.cuh\"\n#include \"store.cuh\"\n");
+            functions.extend(["mlac_append", "mlac_store"]);
         }
         Self { text, functions }
     }
