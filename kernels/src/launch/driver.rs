@@ -570,6 +570,43 @@ fn launch(
 mod tests {
     use super::*;
 
+    /// `kernels/plugin/driver.h` has these of cuda.h too: its assertions have the same sizes, its constants the same numbers.
+    #[test]
+    fn the_plugins_copy_of_the_drivers_types_is_right() {
+        let text = include_str!("../../plugin/driver.h");
+        let attribute =
+            sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        let shared =
+            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        for line in [
+            format!(
+                "sizeof(LaunchAttribute) == {},",
+                size_of::<sys::CUlaunchAttribute>()
+            ),
+            format!(
+                "sizeof(LaunchConfig) == {},",
+                size_of::<sys::CUlaunchConfig>()
+            ),
+            format!("sizeof(TensorMap) == {},", size_of::<sys::CUtensorMap>()),
+            format!("kProgrammaticSerialization = {};", attribute as u32),
+            format!("kMaxDynamicShared = {};", shared as u32),
+            format!(
+                "kComputeCapabilityMajor = {};",
+                A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as u32
+            ),
+            format!(
+                "kComputeCapabilityMinor = {};",
+                A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32
+            ),
+        ] {
+            assert!(text.contains(&line), "driver.h has no `{line}`");
+        }
+        assert_eq!(std::mem::offset_of!(sys::CUlaunchAttribute, value), 8);
+        assert_eq!(std::mem::offset_of!(sys::CUlaunchConfig, hStream), 32);
+        assert_eq!(std::mem::offset_of!(sys::CUlaunchConfig, attrs), 40);
+        assert_eq!(std::mem::offset_of!(sys::CUlaunchConfig, numAttrs), 48);
+    }
+
     #[test]
     fn a_missing_driver_is_told_and_not_panicked_about() {
         match Device::open(0) {
