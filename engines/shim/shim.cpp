@@ -1,13 +1,15 @@
-// Plain C functions over the part of TensorRT for RTX that mlac uses: parse an ONNX file, describe
-// the network, set profiles and targets, build a serialized engine.
+// Plain C functions over the part of TensorRT that mlac uses: parse an ONNX file, describe
+// the network, set profiles and targets, build a serialized engine. Compiled twice: against the headers
+// of TensorRT for RTX, and against those of enterprise TensorRT, which has plugins and timing caches
+// and builds for the GPU it runs on.
 //
 // TensorRT's interface is C++ classes with virtual functions, so someone has to be compiled against
 // NVIDIA's headers. Nothing is linked: the two entry points come in from the caller, who loaded the
 // libraries. No exception leaves a function. The Rust side is engines/src/tensorrt/sys.rs; keep the
 // two in step and raise MLAC_TRT_SHIM_ABI when a signature changes.
 //
-// No timing cache: TensorRT for RTX documents those operations as no-ops since 1.2.
-// No strongly-typed flag: TensorRT for RTX networks are always strongly typed.
+// No timing cache for RTX: it documents those operations as no-ops since 1.2.
+// No strongly-typed flag: networks of both are always strongly typed (enterprise TensorRT since 11).
 
 #include <cstdint>
 #include <cstring>
@@ -18,7 +20,7 @@
 #include "NvInfer.h"
 #include "NvOnnxParser.h"
 
-#define MLAC_TRT_SHIM_ABI 2
+#define MLAC_TRT_SHIM_ABI 3
 #define MLAC_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace
@@ -63,6 +65,9 @@ struct Build
 
 struct Config
 {
+#ifdef TRT_MAJOR_ENTERPRISE
+    std::unique_ptr<trt::ITimingCache> timing; // outlives the configuration, which uses it
+#endif
     std::unique_ptr<trt::IBuilderConfig> config;
     trt::IOptimizationProfile* profile{nullptr}; // owned by the builder
 };
@@ -235,14 +240,54 @@ MLAC_EXPORT int32_t mlac_trt_attention_decomposable(Build* build, int32_t index)
     return attention == nullptr ? -1 : (attention->getDecomposable() ? 1 : 0);
 }
 
-// A build configuration for the given compute capabilities (89 for sm89), without profiles.
+// 1 when all of an ONNX model in memory was understood; external data is read from beside `path`.
+MLAC_EXPORT int32_t mlac_trt_parse_bytes(Build* build, void const* bytes, uint64_t size, char const* path)
+{
+    try
+    {
+        return build->parser->parse(bytes, size, path) ? 1 : 0;
+    }
+    catch (...)
+    {
+        return 0;
+    }
+}
+
+// 1 when the registry took the plugin library. TensorRT for RTX takes none.
+MLAC_EXPORT int32_t mlac_trt_load_plugins(void* getRegistry, char const* path)
+{
+#ifdef TRT_MAJOR_ENTERPRISE
+    trt::IPluginRegistry* registry = reinterpret_cast<GetRegistry>(getRegistry)();
+    return registry != nullptr && registry->loadLibrary(path) != nullptr ? 1 : 0;
+#else
+    static_cast<void>(getRegistry);
+    static_cast<void>(path);
+    return 0;
+#endif
+}
+
+// A build configuration for the given compute capabilities (89 for sm89), without profiles. Enterprise
+// TensorRT takes none: it builds for the GPU it runs on.
 MLAC_EXPORT Config* mlac_trt_config(Build* build, int32_t const* targets, int32_t count, int32_t threads)
 {
     try
     {
         auto result = std::make_unique<Config>();
         result->config.reset(build->builder->createBuilderConfig());
-        if (!result->config || !result->config->setNbComputeCapabilities(count))
+        if (!result->config)
+        {
+            return nullptr;
+        }
+#ifdef TRT_MAJOR_ENTERPRISE
+        static_cast<void>(targets);
+        if (count != 0)
+        {
+            return nullptr;
+        }
+        // LatentAttention writes its cache in place.
+        result->config->setPreviewFeature(trt::PreviewFeature::kALIASED_PLUGIN_IO_10_03, true);
+#else
+        if (!result->config->setNbComputeCapabilities(count))
         {
             return nullptr;
         }
@@ -253,6 +298,7 @@ MLAC_EXPORT Config* mlac_trt_config(Build* build, int32_t const* targets, int32_
                 return nullptr;
             }
         }
+#endif
         if (!build->builder->setMaxThreads(threads))
         {
             return nullptr;
@@ -269,6 +315,39 @@ MLAC_EXPORT Config* mlac_trt_config(Build* build, int32_t const* targets, int32_
 MLAC_EXPORT void mlac_trt_config_free(Config* config)
 {
     delete config;
+}
+
+// Gives the configuration a timing cache, from bytes or empty; 0 when TensorRT refuses the bytes. TensorRT
+// for RTX keeps none.
+MLAC_EXPORT int32_t mlac_trt_timing_set(Config* config, void const* bytes, uint64_t size)
+{
+#ifdef TRT_MAJOR_ENTERPRISE
+    try
+    {
+        config->timing.reset(config->config->createTimingCache(bytes, size));
+        return config->timing && config->config->setTimingCache(*config->timing, false) ? 1 : 0;
+    }
+    catch (...)
+    {
+        return 0;
+    }
+#else
+    static_cast<void>(config);
+    static_cast<void>(bytes);
+    static_cast<void>(size);
+    return 0;
+#endif
+}
+
+// The timing cache as it is now, or null.
+MLAC_EXPORT trt::IHostMemory* mlac_trt_timing_get(Config* config)
+{
+#ifdef TRT_MAJOR_ENTERPRISE
+    return config->timing ? config->timing->serialize() : nullptr;
+#else
+    static_cast<void>(config);
+    return nullptr;
+#endif
 }
 
 // Begins the next profile; 0 when TensorRT refuses.

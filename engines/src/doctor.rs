@@ -84,7 +84,12 @@ fn version(library: Library, path: &Path) -> Result<Option<String>, String> {
     match library {
         Library::OnnxRuntime => probe::onnxruntime(path).map(Some),
         Library::TensorRtRtx | Library::TensorRtEnterprise => probe::tensorrt(path).map(Some),
-        Library::TensorRtRtxParser | Library::TensorRtShim => probe::loads(path).map(|()| None),
+        Library::TensorRtRtxParser
+        | Library::TensorRtEnterpriseParser
+        | Library::TensorRtShim
+        | Library::TensorRtEnterpriseShim => probe::loads(path).map(|()| None),
+        Library::TensorRtPlugin => probe::plugin(path)
+            .map(|version| Some(format!("for TensorRT {}", probe::shown(version)))),
         Library::CudaDriver => {
             let driver = probe::driver(path)?;
             if driver.devices.is_empty() {

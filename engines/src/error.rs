@@ -14,6 +14,9 @@ pub enum EngineError {
     /// An input, or a missing component, named with what was expected, found, and the way out.
     #[error(transparent)]
     Refused(#[from] Refusal),
+    /// Our own kernels: their compiler, or the driver.
+    #[error(transparent)]
+    Kernel(#[from] mlac_kernels::KernelError),
     /// A file could not be read or written.
     #[error("{}: cannot {action}: {source}", path.display())]
     Io {

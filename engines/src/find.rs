@@ -24,6 +24,12 @@ pub enum Library {
     TensorRtShim,
     /// `libnvinfer.so.11`: enterprise TensorRT, for datacenter GPUs
     TensorRtEnterprise,
+    /// `libnvonnxparser.so.11`: its ONNX parser
+    TensorRtEnterpriseParser,
+    /// `libmlac_trt_shim.so` for it, compiled by `cargo xtask setup`
+    TensorRtEnterpriseShim,
+    /// `libmlac_trt.so`: the plugin of `mlac::LatentAttention`, compiled by `cargo xtask setup`
+    TensorRtPlugin,
     /// `libcuda.so.1`: part of the NVIDIA driver
     CudaDriver,
 }
@@ -66,12 +72,15 @@ const SETUP: &str = "run `cargo xtask setup` in mlac's checkout";
 
 impl Library {
     /// Every library, in the order in which `doctor` lists them.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::OnnxRuntime,
         Self::TensorRtRtx,
         Self::TensorRtRtxParser,
         Self::TensorRtShim,
         Self::TensorRtEnterprise,
+        Self::TensorRtEnterpriseParser,
+        Self::TensorRtEnterpriseShim,
+        Self::TensorRtPlugin,
         Self::CudaDriver,
     ];
 
@@ -123,6 +132,33 @@ impl Library {
                 file: "libnvinfer.so.11",
                 needed: "libnvinfer.so.11, for datacenter GPUs (sm90, sm100)",
                 fix: "install NVIDIA TensorRT 11 and set MLAC_TENSORRT to its lib folder",
+            },
+            Self::TensorRtEnterpriseParser => Facts {
+                title: "TensorRT (enterprise), ONNX parser",
+                variable: "MLAC_TENSORRT",
+                runtime: "tensorrt",
+                wheels: &["tensorrt_libs"],
+                file: "libnvonnxparser.so.11",
+                needed: "libnvonnxparser.so.11, of the same TensorRT",
+                fix: "install NVIDIA TensorRT 11 and set MLAC_TENSORRT to its lib folder: both libraries come together",
+            },
+            Self::TensorRtEnterpriseShim => Facts {
+                title: "TensorRT (enterprise) shim",
+                variable: "MLAC_TENSORRT_ENTERPRISE_SHIM",
+                runtime: "tensorrt_enterprise_shim",
+                wheels: &[],
+                file: "libmlac_trt_shim.so",
+                needed: "libmlac_trt_shim.so, compiled from engines/shim/shim.cpp against the headers of enterprise TensorRT",
+                fix: SETUP,
+            },
+            Self::TensorRtPlugin => Facts {
+                title: "TensorRT plugin",
+                variable: "MLAC_TENSORRT_PLUGIN",
+                runtime: "tensorrt_plugin",
+                wheels: &[],
+                file: "libmlac_trt.so",
+                needed: "libmlac_trt.so, compiled from kernels/plugin for TensorRT 11",
+                fix: SETUP,
             },
             Self::CudaDriver => Facts {
                 title: "CUDA driver",

@@ -65,12 +65,29 @@ pub(crate) fn tensorrt(path: &Path) -> Probed<String> {
     )?;
     // The library starts threads and registers destructors: never unload it.
     std::mem::forget(library);
-    Ok(format!(
+    Ok(shown(version as u32))
+}
+
+/// TensorRT's version number, major * 10000 + minor * 100 + patch, as text.
+pub(crate) fn shown(version: u32) -> String {
+    format!(
         "{}.{}.{}",
         version / 10_000,
         version / 100 % 100,
         version % 100
-    ))
+    )
+}
+
+/// The TensorRT that a library of mlac's plugin was compiled for, as a number.
+pub(crate) fn plugin(path: &Path) -> Probed<u32> {
+    let library = load(path)?;
+    // SAFETY: kernels/plugin/entry.cpp: takes nothing, returns a number.
+    with(
+        &library,
+        "mlac_trt_plugin_tensorrt",
+        |get: unsafe extern "C" fn() -> c_int| unsafe { get() },
+    )
+    .map(|version| version as u32)
 }
 
 /// Whether a library loads at all.

@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 
 use mlac_engines::ort::{CacheLayout, Dim};
 use mlac_engines::tensorrt::{
-    BuildOptions, BuildProgress, Builder, InputShapes, Manifest, Profiles, Target, TensorRtRtx,
-    build_engines,
+    BuildOptions, BuildProgress, Builder, InputShapes, Manifest, Product, Profiles, Target,
+    TensorRt, build_engines,
 };
 
 fn data(name: &str) -> PathBuf {
@@ -26,8 +26,8 @@ fn targets(names: &[&str]) -> Vec<Target> {
 }
 
 /// A missing runtime fails here, with found / needed / fix.
-fn library() -> TensorRtRtx {
-    TensorRtRtx::load().unwrap_or_else(|error| panic!("{error}"))
+fn library() -> TensorRt {
+    TensorRt::load(Product::Rtx).unwrap_or_else(|error| panic!("{error}"))
 }
 
 #[test]
@@ -146,9 +146,11 @@ fn options(names: &[&str]) -> BuildOptions {
         max_prefill: 8,
     };
     BuildOptions {
+        product: Product::Rtx,
         targets: targets(names),
         profiles,
         threads: 1,
+        timing_cache: None,
     }
 }
 

@@ -109,7 +109,7 @@ MLAC_DEVICE View view_of(int length, int token, u64 tree) {
   view.draft = max(0, first);
   view.tree = tree;
   if (kMask == 0) position = length - 1;
-  if (kMask == 2) position = first + __popcll(tree) - 1;  // its depth in the tree
+  if (kMask == 2) position = first + __popcll(tree & View::below(kQueryTokens)) - 1;  // its depth in the tree
   view.lo = window_start(position);
   view.hi = kMask == 2 ? length : max(0, min(length, position + 1));
   if (kMask == 2 && first < 0) view.hi = 0;

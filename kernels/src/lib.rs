@@ -6,6 +6,7 @@
 
 pub mod append;
 pub mod arch;
+pub mod bundle;
 pub mod cache;
 pub mod config;
 pub mod desc;

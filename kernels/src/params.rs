@@ -1,4 +1,4 @@
-//! The parameter structures of the kernels, field by field as in `cuda/common.cuh` and `cuda/append.cuh`.
+//! The parameter structures of the kernels, field by field as in `cuda/common.cuh`, `cuda/append.cuh` and `cuda/store.cuh`.
 
 /// A device address.
 pub type Address = u64;
@@ -66,6 +66,25 @@ pub struct AppendParams {
     pub cache_rows: i32,
 }
 
+/// `StoreParams`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[expect(
+    missing_docs,
+    reason = "documented where the kernels read them: cuda/store.cuh"
+)]
+pub struct StoreParams {
+    pub rows: Address,
+    pub cache: Address,
+    pub past: Address,
+    pub table: Address,
+    pub lengths: Address,
+    pub pages: Address,
+    pub batch: i32,
+    pub page_stride: i32,
+    pub cache_pages: i32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -113,6 +132,12 @@ mod tests {
                 "AppendParams",
                 format!("{:?}", AppendParams::default()),
                 size_of::<AppendParams>(),
+            ),
+            (
+                "store.cuh",
+                "StoreParams",
+                format!("{:?}", StoreParams::default()),
+                size_of::<StoreParams>(),
             ),
         ] {
             let theirs = fields(file, name);

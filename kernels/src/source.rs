@@ -7,7 +7,7 @@ use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype, Mask};
 use crate::layout::Descriptor;
 
 /// The files that `#include` finds.
-pub const HEADERS: [(&str, &str); 16] = [
+pub const HEADERS: [(&str, &str); 17] = [
     ("append.cuh", include_str!("../cuda/append.cuh")),
     ("combine.cuh", include_str!("../cuda/combine.cuh")),
     ("common.cuh", include_str!("../cuda/common.cuh")),
@@ -24,6 +24,7 @@ pub const HEADERS: [(&str, &str); 16] = [
     ("sm90_load.cuh", include_str!("../cuda/sm90_load.cuh")),
     ("sm90_output.cuh", include_str!("../cuda/sm90_output.cuh")),
     ("sm90_tiles.cuh", include_str!("../cuda/sm90_tiles.cuh")),
+    ("store.cuh", include_str!("../cuda/store.cuh")),
 ];
 
 /// What the compiler is told besides the architecture.
@@ -45,7 +46,7 @@ pub struct Source {
 }
 
 impl Source {
-    /// The kernels of one request: decode, plan and combine where the work is divided, append for latent caches.
+    /// The kernels of one request: decode, plan and combine where the work is divided, append and store for latent caches.
     pub fn of(desc: &AttentionDesc, config: &AttentionConfig) -> Self {
         let mut text = prologue(desc, config);
         let mut functions = vec!["mlac_decode"];
@@ -70,8 +71,8 @@ impl Source {
             functions.extend(["mlac_plan", "mlac_combine"]);
         }
         if matches!(desc.attention, Attention::Latent { .. }) {
-            text.push_str("#include \"append.cuh\"\n");
-            functions.push("mlac_append");
+            text.push_str("#include \"append.cuh\"\n#include \"store.cuh\"\n");
+            functions.extend(["mlac_append", "mlac_store"]);
         }
         Self { text, functions }
     }

@@ -5,88 +5,39 @@
 //! GPU happens as late as it may. Everything else, from the walk over the pieces to the epilogue, is the code that NVRTC compiles.
 #![allow(
     clippy::unwrap_used,
-    clippy::format_push_string,
     clippy::items_after_statements,
     clippy::needless_for_each,
     clippy::float_cmp,
     reason = "a test that cannot go on says why by panicking; its texts are short"
 )]
 
+mod common;
+
 use std::fs;
 use std::path::Path;
 use std::process::Command;
 
+use common::{Edit, kernels, run_compiler, write_sources};
 use mlac_kernels::append::AppendProblem;
 use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::plan::Plan;
 use mlac_kernels::problem::{Answer, Problem, compare, from_bits, half_bytes};
-use mlac_kernels::source::{HEADERS, prologue};
-use mlac_kernels::{Arch, AttentionDesc, CacheDtype, Dtype, Kernel, Mask};
-
-const HOST: [(&str, &str); 6] = [
-    ("machine.h", include_str!("host/machine.h")),
-    ("ptx.cuh", include_str!("host/ptx.cuh")),
-    ("hopper.cuh", include_str!("host/hopper.cuh")),
-    ("mma.cuh", include_str!("host/mma.cuh")),
-    ("main.cpp", include_str!("host/main.cpp")),
-    ("append.cpp", include_str!("host/append.cpp")),
-];
-
-/// A text of a source and what takes its place.
-type Edit = (&'static str, &'static str, &'static str);
+use mlac_kernels::source::prologue;
+use mlac_kernels::{Arch, AttentionDesc, CacheDtype, Dtype, Mask};
 
 /// Compiles the kernels of a request into `folder/run`, with an edit of a file of them.
 fn compile(desc: &AttentionDesc, config: &AttentionConfig, folder: &Path, edit: Option<Edit>) {
-    let mut text = prologue(desc, config);
-    let grouped = config.kernel == Kernel::GroupedWgmma;
-    let tma = grouped || config.kernel == Kernel::LatentWgmma;
-    text.push_str(&format!(
-        "#define HOST_PLANNED {}\n#define HOST_TMA {}\n#define HOST_GROUPED {}\n#define HOST_THREADS {}\n#include \"{}\"\n",
-        u32::from(config.planned),
-        u32::from(tma),
-        u32::from(grouped),
-        config.threads,
-        config.kernel.file()
-    ));
-    if config.planned {
-        text.push_str("#include \"plan.cuh\"\n#include \"combine.cuh\"\n");
-    }
+    let mut text = kernels(desc, config);
     text.push_str("#include \"main.cpp\"\n");
-    compile_text(text, folder, edit);
+    compile_text(&text, folder, edit);
 }
 
 /// Compiles a text that includes the sources into `folder/run`.
-fn compile_text(text: String, folder: &Path, edit: Option<Edit>) {
-    for (name, body) in HEADERS.iter().chain(&HOST) {
-        let body = match edit {
-            Some((file, from, to)) if file == *name => {
-                assert!(body.contains(from), "{file} has no `{from}`");
-                body.replace(from, to)
-            }
-            _ => (*body).to_owned(),
-        };
-        fs::write(folder.join(name), body).unwrap();
-    }
+fn compile_text(text: &str, folder: &Path, edit: Option<Edit>) {
+    write_sources(folder, edit);
     fs::write(folder.join("run.cpp"), text).unwrap();
-    let compiler = std::env::var_os("CXX")
-        .filter(|name| !name.is_empty())
-        .unwrap_or_else(|| "g++".into());
-    let output = Command::new(&compiler)
-        .args(["-std=c++17", "-O1", "-Wno-unknown-pragmas", "-o"])
-        .arg(folder.join("run"))
-        .arg(folder.join("run.cpp"))
-        .output()
-        .unwrap_or_else(|error| {
-            panic!(
-                "no C++ compiler: found {error} for {}, needed g++ 12 or later, fix: install g++, or set CXX to a C++17 compiler",
-                compiler.display()
-            )
-        });
-    assert!(
-        output.status.success(),
-        "{}",
-        String::from_utf8_lossy(&output.stderr)
-    );
+    let (from, to) = (folder.join("run.cpp"), folder.join("run"));
+    run_compiler(&["-O1", "-Wno-unknown-pragmas"], &[from], &to);
 }
 
 /// The answer of the compiled kernels, and the plan that they made.
@@ -581,7 +532,7 @@ fn append(desc: AttentionDesc, edit: Option<Edit>) -> Option<String> {
     let folder = tempfile::tempdir().unwrap();
     let mut text = prologue(&desc, &config);
     text.push_str("#include \"append.cuh\"\n#include \"append.cpp\"\n");
-    compile_text(text, folder.path(), edit);
+    compile_text(&text, folder.path(), edit);
     let problem = AppendProblem::random(desc, 70, 3).unwrap();
     let mut file = Vec::new();
     for number in [

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Duration;
 
-use common::{Bench, contents};
+use common::{Bench, Run, contents};
 
 const CONVERT: [&str; 6] = ["convert", "model", "-o", "out", "--kv-lora-rank", "max"];
 
@@ -300,4 +300,22 @@ fn a_run_killed_at_any_moment_can_be_repeated() {
         "the repeated run gives the same bytes"
     );
     assert!(!bench.path("out.partial").exists());
+}
+
+#[test]
+fn a_build_without_enterprise_tensorrt_says_what_is_needed() {
+    let bench = Bench::with("llama_gqa");
+    bench.run(&["export", "model", "-o", "onnx"]).succeeds();
+    let build = |args: &[&str]| {
+        let mut words = vec!["build", "onnx", "-o", "out", "--backend", "tensorrt"];
+        words.extend(args);
+        let mut command = bench.command(&words);
+        // A folder without libraries: what the machine has does not matter.
+        command.env("MLAC_TENSORRT", bench.path("onnx"));
+        Run(command.output().expect("mlac runs"))
+    };
+    build(&["--target", "sm90"]).refuses(&["MLAC_TENSORRT", "libnvinfer.so.11", "fix: "]);
+    build(&["--target", "sm90,sm80"]).refuses(&["builds for the GPU it runs on"]);
+    build(&["--target", "sm121"]).refuses(&["sm90", "which mlac has kernels for"]);
+    nothing_left(&bench);
 }

@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::Path;
 
-use mlac_engines::tensorrt::{BuildOptions, BuildReport, Profiles, Target, build_engines};
+use mlac_engines::tensorrt::{BuildOptions, BuildReport, Product, Profiles, Target, build_engines};
 use mlac_graph::builders::{DecoderOptions, MlaForm, Runtime, block_graph};
 use mlac_graph::ir::DType;
 use mlac_graph::onnx::{MemoryWeights, write_folder};
@@ -99,6 +99,7 @@ fn build(config: &ModelConfig, layer: usize, work: &Path) -> Outcome<BuildReport
     fs::write(onnx.join("config.json"), "{}").map_err(text)?;
     let target = |name: &str| Target::parse(name).map_err(text);
     let options = BuildOptions {
+        product: Product::Rtx,
         targets: vec![target("sm89")?, target("sm120")?],
         profiles: Profiles {
             max_batch: 4,
@@ -106,6 +107,7 @@ fn build(config: &ModelConfig, layer: usize, work: &Path) -> Outcome<BuildReport
             max_prefill: 512,
         },
         threads: 2,
+        timing_cache: None,
     };
     build_engines(&onnx, &work.join("engines"), &options, &mut |_| {}).map_err(text)
 }

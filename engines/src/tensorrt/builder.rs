@@ -1,7 +1,7 @@
 //! One ONNX file as a TensorRT network, and the engines built from it.
 #![expect(unsafe_code, reason = "calls the shim's functions")]
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::CString;
 use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::ptr::NonNull;
@@ -10,7 +10,8 @@ use std::sync::{Mutex, PoisonError};
 use mlac_model::Refusal;
 use serde::Serialize;
 
-use super::library::TensorRtRtx;
+use super::library::{Product, TensorRt};
+use super::log::{Log, collect, text};
 use super::scan;
 use super::sys;
 use super::target::Target;
@@ -56,54 +57,15 @@ pub struct Attention {
 /// at once take each other's ("Target SM 75 is not found in the accelerator list"). One at a time.
 static BUILDING: Mutex<()> = Mutex::new(());
 
-/// Collects TensorRT's messages; it may log from threads of its own.
-#[derive(Default)]
-struct Log {
-    errors: Mutex<Vec<String>>,
-    warnings: Mutex<Vec<String>>,
-}
-
-impl Log {
-    fn take_errors(&self) -> Vec<String> {
-        std::mem::take(&mut self.errors.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-
-    fn warnings(&self) -> Vec<String> {
-        self.warnings
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .clone()
-    }
-}
-
-extern "C" fn collect(user: *mut c_void, severity: i32, message: *const c_char) {
-    // SAFETY: `user` is the `Log` that `Builder` boxes and drops after everything that can log.
-    let log = unsafe { &*user.cast::<Log>() };
-    let list = match severity {
-        0 | 1 => &log.errors,
-        2 => &log.warnings,
-        _ => return,
-    };
-    list.lock()
-        .unwrap_or_else(PoisonError::into_inner)
-        .push(text(message));
-}
-
-fn text(pointer: *const c_char) -> String {
-    if pointer.is_null() {
-        return String::new();
-    }
-    // SAFETY: not null; TensorRT passes C strings that live at least as long as the call.
-    unsafe { CStr::from_ptr(pointer) }
-        .to_string_lossy()
-        .trim()
-        .to_owned()
+fn text_of(path: &Path) -> Result<CString> {
+    CString::new(path.as_os_str().as_bytes())
+        .map_err(|error| EngineError::io(path, "pass the path on")(error.into()))
 }
 
 /// A parsed network, from which engines for several targets can be built.
 pub struct Builder {
     build: NonNull<sys::Build>,
-    library: TensorRtRtx,
+    library: TensorRt,
     subject: String,
     // Boxed: its address is with TensorRT. Dropped after `build` is closed.
     log: Box<Log>,
@@ -113,12 +75,40 @@ impl Builder {
     /// Parses an ONNX file; external data is read from beside it.
     ///
     /// # Errors
-    /// A file with nodes that TensorRT must not see is refused before it sees them; otherwise all
+    /// A file with nodes that TensorRT for RTX must not see is refused before it sees them; otherwise all
     /// of its parser's errors are in the error.
-    pub fn parse(library: &TensorRtRtx, onnx: &Path) -> Result<Self> {
-        scan::check(onnx, library.plugins())?;
-        let path = CString::new(onnx.as_os_str().as_bytes())
-            .map_err(|error| EngineError::io(onnx, "pass the path on")(error.into()))?;
+    pub fn parse(library: &TensorRt, onnx: &Path) -> Result<Self> {
+        if library.product() == Product::Rtx {
+            scan::check(onnx, library.plugins())?;
+        }
+        let path = text_of(onnx)?;
+        let this = Self::open(library, onnx)?;
+        // SAFETY: a live build and a C string.
+        let parsed =
+            unsafe { (this.library.inner.shim.parse_file)(this.build.as_ptr(), path.as_ptr()) };
+        this.parsed(parsed)
+    }
+
+    /// Parses a model for enterprise TensorRT from memory; external data is read from beside `onnx`. Its plugins must be loaded.
+    ///
+    /// # Errors
+    /// All of its parser's errors are in the error.
+    pub(super) fn parse_bytes(library: &TensorRt, onnx: &Path, model: &[u8]) -> Result<Self> {
+        let path = text_of(onnx)?;
+        let this = Self::open(library, onnx)?;
+        // SAFETY: a live build, bytes of that length and a C string.
+        let parsed = unsafe {
+            (this.library.inner.shim.parse_bytes)(
+                this.build.as_ptr(),
+                model.as_ptr().cast(),
+                model.len() as u64,
+                path.as_ptr(),
+            )
+        };
+        this.parsed(parsed)
+    }
+
+    fn open(library: &TensorRt, onnx: &Path) -> Result<Self> {
         let log = Box::new(Log::default());
         let user = std::ptr::from_ref::<Log>(&log).cast_mut().cast();
         let inner = &library.inner;
@@ -133,17 +123,19 @@ impl Builder {
                 messages: log.take_errors(),
             });
         };
-        let this = Self {
+        Ok(Self {
             build,
             library: library.clone(),
             subject,
             log,
-        };
-        // SAFETY: a live build and a C string.
-        if unsafe { (inner.shim.parse_file)(this.build.as_ptr(), path.as_ptr()) } == 0 {
-            return Err(this.error("parse the ONNX file", this.parse_errors()));
+        })
+    }
+
+    fn parsed(self, answer: i32) -> Result<Self> {
+        if answer == 0 {
+            return Err(self.error("parse the ONNX file", self.parse_errors()));
         }
-        Ok(this)
+        Ok(self)
     }
 
     fn error(&self, action: &'static str, mut messages: Vec<String>) -> EngineError {
@@ -258,6 +250,27 @@ impl Builder {
         for target in targets {
             target.check()?;
         }
+        self.build_for(targets, profiles, threads, None)
+    }
+
+    /// Builds an engine with enterprise TensorRT for the GPU of this machine. `timing` holds what earlier builds measured, and
+    /// afterwards what this one did; bytes that TensorRT does not take are a warning, and nothing is known.
+    pub(super) fn build_here(
+        &mut self,
+        profiles: &[Vec<InputShapes>],
+        threads: usize,
+        timing: &mut Vec<u8>,
+    ) -> Result<Engine> {
+        self.build_for(&[], profiles, threads, Some(timing))
+    }
+
+    fn build_for(
+        &mut self,
+        targets: &[Target],
+        profiles: &[Vec<InputShapes>],
+        threads: usize,
+        timing: Option<&mut Vec<u8>>,
+    ) -> Result<Engine> {
         let _alone = BUILDING.lock().unwrap_or_else(PoisonError::into_inner);
         let shim = &self.library.inner.shim;
         let numbers: Vec<i32> = targets
@@ -296,14 +309,52 @@ impl Builder {
                 return Err(self.error("take the profile", Vec::new()));
             }
         }
+        if let Some(timing) = &timing {
+            self.give_timing(&config, timing)?;
+        }
         // SAFETY: a live build and configuration.
         let memory = unsafe { (shim.build)(self.build.as_ptr(), config.config.as_ptr()) };
-        match NonNull::new(memory) {
-            Some(memory) => Ok(Engine {
-                memory,
-                library: self.library.clone(),
-            }),
-            None => Err(self.error("build the engine", Vec::new())),
+        let Some(memory) = NonNull::new(memory) else {
+            return Err(self.error("build the engine", Vec::new()));
+        };
+        if let Some(timing) = timing {
+            // SAFETY: a live configuration.
+            let known = unsafe { (shim.timing_get)(config.config.as_ptr()) };
+            let known = NonNull::new(known)
+                .ok_or_else(|| self.error("give its timing cache", Vec::new()))?;
+            *timing = self.owned(known).bytes().to_vec();
+        }
+        Ok(self.owned(memory))
+    }
+
+    fn owned(&self, memory: NonNull<sys::Memory>) -> Engine {
+        Engine {
+            memory,
+            library: self.library.clone(),
+        }
+    }
+
+    fn give_timing(&self, config: &ConfigGuard<'_>, bytes: &[u8]) -> Result<()> {
+        let set = |bytes: &[u8]| {
+            // SAFETY: a live configuration and bytes of that length.
+            let taken = unsafe {
+                (self.library.inner.shim.timing_set)(
+                    config.config.as_ptr(),
+                    bytes.as_ptr().cast(),
+                    bytes.len() as u64,
+                )
+            };
+            taken == 1
+        };
+        if set(bytes) {
+            return Ok(());
+        }
+        self.log
+            .warn("the timing cache is of another TensorRT or GPU: a new one is begun");
+        if set(&[]) {
+            Ok(())
+        } else {
+            Err(self.error("make a timing cache", Vec::new()))
         }
     }
 
@@ -381,7 +432,7 @@ impl Drop for Builder {
 
 struct ConfigGuard<'a> {
     config: NonNull<sys::Config>,
-    library: &'a TensorRtRtx,
+    library: &'a TensorRt,
 }
 
 impl Drop for ConfigGuard<'_> {
@@ -394,7 +445,7 @@ impl Drop for ConfigGuard<'_> {
 /// A serialized engine, in TensorRT's memory.
 pub struct Engine {
     memory: NonNull<sys::Memory>,
-    library: TensorRtRtx,
+    library: TensorRt,
 }
 
 impl Engine {

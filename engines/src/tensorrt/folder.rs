@@ -1,13 +1,15 @@
 //! All engines of an ONNX folder.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use mlac_model::Refusal;
 
-use super::builder::{Attention, Builder};
-use super::library::TensorRtRtx;
+use super::builder::{Attention, Builder, Engine, InputShapes};
+use super::enterprise::{self, Plugins};
+use super::latent;
+use super::library::{Product, TensorRt};
 use super::manifest::{self, EngineRecord, Manifest, ProfileRecord};
 use super::profile::{Profile, Profiles};
 use super::target::Target;
@@ -17,13 +19,17 @@ use crate::ort::cache_layouts;
 /// What to build.
 #[derive(Debug, Clone)]
 pub struct BuildOptions {
+    /// Which TensorRT builds.
+    pub product: Product,
     /// One engine file of each graph per target. [`Builder::build`] can also put several targets into
-    /// one file, in about the time and size of one.
+    /// one file, in about the time and size of one. Enterprise TensorRT: one, the GPU of this machine.
     pub targets: Vec<Target>,
     /// What the engines are to take.
     pub profiles: Profiles,
     /// Threads that TensorRT may use; 0 means one per core.
     pub threads: usize,
+    /// Where enterprise TensorRT keeps what it measured, for later builds.
+    pub timing_cache: Option<PathBuf>,
 }
 
 /// Where a build is.
@@ -99,8 +105,13 @@ pub fn build_engines(
         )
         .into());
     }
-    for target in &options.targets {
-        target.check()?;
+    match options.product {
+        Product::Rtx => {
+            for target in &options.targets {
+                target.check()?;
+            }
+        }
+        Product::Enterprise => enterprise::check_targets(&options.targets)?,
     }
     options.profiles.check()?;
     if out.exists() {
@@ -113,7 +124,16 @@ pub fn build_engines(
         .into());
     }
     let graphs = graphs(onnx, options)?;
-    let library = TensorRtRtx::load()?;
+    let library = TensorRt::load(options.product)?;
+    let mut plugins = match options.product {
+        Product::Rtx => None,
+        Product::Enterprise => Some(Plugins::open(
+            &library,
+            onnx,
+            options.targets[0],
+            options.timing_cache.as_deref(),
+        )?),
+    };
     progress(&BuildProgress::Digesting);
     let sources = manifest::sources(onnx)?;
 
@@ -122,7 +142,8 @@ pub fn build_engines(
         manifest: Manifest {
             format: Manifest::FORMAT,
             tool: format!("mlac {}", env!("CARGO_PKG_VERSION")),
-            runtime: format!("TensorRT for RTX {}", library.version()),
+            runtime: library.runtime(),
+            plugin: None,
             verified_on_gpu: false,
             targets: options.targets.iter().map(ToString::to_string).collect(),
             cache: Vec::new(),
@@ -133,10 +154,14 @@ pub fn build_engines(
         warnings: Vec::new(),
         peak_memory: None,
     };
+    if let Some(plugins) = &plugins {
+        report.manifest.plugin = Some(plugins.library.copy_to(staging.path())?);
+    }
     let count = graphs.len() * options.targets.len();
     for graph in &graphs {
         build_graph(
             &library,
+            plugins.as_mut(),
             onnx,
             staging.path(),
             graph,
@@ -145,6 +170,9 @@ pub fn build_engines(
             &mut report,
             progress,
         )?;
+    }
+    if let (Some(plugins), Some(path)) = (&plugins, &options.timing_cache) {
+        plugins.keep_timing(path)?;
     }
     report.manifest.write(staging.path())?;
     let finished = staging.keep();
@@ -155,7 +183,8 @@ pub fn build_engines(
 }
 
 fn build_graph(
-    library: &TensorRtRtx,
+    library: &TensorRt,
+    mut plugins: Option<&mut Plugins>,
     onnx: &Path,
     staging: &Path,
     graph: &Graph,
@@ -166,7 +195,10 @@ fn build_graph(
 ) -> Result<()> {
     progress(&BuildProgress::Parsing(graph.file.clone()));
     let path = onnx.join(&graph.file);
-    let mut builder = Builder::parse(library, &path)?;
+    let mut builder = match plugins.as_deref_mut() {
+        Some(plugins) => plugins.parse(library, &path)?,
+        None => Builder::parse(library, &path)?,
+    };
     let inputs = builder.inputs();
     let layouts = cache_layouts(
         inputs
@@ -202,7 +234,13 @@ fn build_graph(
             count,
         });
         let started = Instant::now();
-        let engine = builder.build(&[*target], &shapes, threads)?;
+        let engine = build_engine(
+            &mut builder,
+            plugins.as_deref_mut(),
+            *target,
+            &shapes,
+            threads,
+        )?;
         let file = format!("{}.{target}.engine", graph.stem);
         let place = staging.join(&file);
         fs::write(&place, engine.bytes()).map_err(EngineError::io(&place, "write the engine"))?;
@@ -229,6 +267,19 @@ fn build_graph(
     Ok(())
 }
 
+fn build_engine(
+    builder: &mut Builder,
+    plugins: Option<&mut Plugins>,
+    target: Target,
+    shapes: &[Vec<InputShapes>],
+    threads: usize,
+) -> Result<Engine> {
+    match plugins {
+        Some(plugins) => builder.build_here(shapes, threads, &mut plugins.timing),
+        None => builder.build(&[target], shapes, threads),
+    }
+}
+
 fn graphs(onnx: &Path, options: &BuildOptions) -> Result<Vec<Graph>> {
     let decoder = "decoder.onnx".to_owned();
     let prefill = "prefill.onnx".to_owned();
@@ -241,10 +292,12 @@ fn graphs(onnx: &Path, options: &BuildOptions) -> Result<Vec<Graph>> {
         )
         .into());
     }
-    let both = [
-        ("prefill", options.profiles.prefill()),
-        ("decode", options.profiles.decode()),
-    ];
+    let [_, piece] = latent::QUERY_TOKENS;
+    let prompts = match options.product {
+        Product::Rtx => options.profiles.prefill(),
+        Product::Enterprise => options.profiles.pieces(piece as usize)?,
+    };
+    let both = [("prefill", prompts), ("decode", options.profiles.decode())];
     Ok(if onnx.join(&prefill).is_file() {
         vec![
             Graph {

@@ -1,28 +1,68 @@
-//! Loading TensorRT for RTX and the shim, once per process.
+//! Loading TensorRT and the shim, once per process: TensorRT for RTX, or enterprise TensorRT.
 #![expect(
     unsafe_code,
     reason = "loading libraries and calling their entry points"
 )]
 
-use std::ffi::{CStr, c_void};
+use std::ffi::{CStr, CString, c_void};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use libloading::os::unix::{Library as Loaded, RTLD_GLOBAL, RTLD_NOW};
 use mlac_model::Refusal;
 
+use super::plugin::PluginLibrary;
 use super::sys::{ABI, Functions, GetVersion};
 use crate::error::{EngineError, Result};
 use crate::find::{self, Library};
+use crate::probe;
 
-/// TensorRT for RTX, loaded and checked. Cheap to clone.
+/// Which TensorRT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Product {
+    /// TensorRT for RTX: engines for consumer GPUs, built without one; no plugins.
+    Rtx,
+    /// Enterprise TensorRT 11: engines for the GPU it runs on, datacenter GPUs among them; plugins.
+    Enterprise,
+}
+
+impl Product {
+    /// Its name.
+    pub fn title(self) -> &'static str {
+        match self {
+            Self::Rtx => "TensorRT for RTX",
+            Self::Enterprise => "TensorRT",
+        }
+    }
+
+    /// Builder, parser, shim.
+    fn libraries(self) -> [Library; 3] {
+        match self {
+            Self::Rtx => [
+                Library::TensorRtRtx,
+                Library::TensorRtRtxParser,
+                Library::TensorRtShim,
+            ],
+            Self::Enterprise => [
+                Library::TensorRtEnterprise,
+                Library::TensorRtEnterpriseParser,
+                Library::TensorRtEnterpriseShim,
+            ],
+        }
+    }
+}
+
+/// A TensorRT, loaded and checked. Cheap to clone.
 #[derive(Clone)]
-pub struct TensorRtRtx {
+pub struct TensorRt {
     pub(super) inner: Arc<Inner>,
 }
 
 pub(super) struct Inner {
+    pub(super) product: Product,
     pub(super) shim: Functions,
+    registry: *mut c_void,
     pub(super) create_builder: *mut c_void,
     pub(super) create_parser: *mut c_void,
     version: u32,
@@ -39,28 +79,68 @@ unsafe impl Send for Inner {}
 // SAFETY: as above; nothing in here changes after loading.
 unsafe impl Sync for Inner {}
 
-static LOADED: Mutex<Option<TensorRtRtx>> = Mutex::new(None);
+static LOADED: Mutex<Option<TensorRt>> = Mutex::new(None);
 
-impl TensorRtRtx {
-    /// The process's TensorRT for RTX, found by [`find::library`] and loaded at the first call.
+impl TensorRt {
+    /// The process's TensorRT, found by [`find::library`] and loaded at the first call.
     ///
     /// # Errors
-    /// Found / needed / fix when a library is missing or of another version than the shim.
-    pub fn load() -> Result<Self> {
+    /// Found / needed / fix when a library is missing or of another version than the shim, and when the process has the
+    /// other product loaded: both bring functions of the same names.
+    pub fn load(product: Product) -> Result<Self> {
         let mut loaded = LOADED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(library) = &*loaded {
-            return Ok(library.clone());
+            if library.inner.product == product {
+                return Ok(library.clone());
+            }
+            return Err(Refusal::new(
+                product.title(),
+                "a process without another TensorRT",
+                format!("{} is loaded", library.inner.product.title()),
+                "build for the two products in two runs",
+            )
+            .into());
         }
         let library = Self {
-            inner: Arc::new(open()?),
+            inner: Arc::new(open(product)?),
         };
         *loaded = Some(library.clone());
         Ok(library)
     }
 
+    /// Which one it is.
+    pub fn product(&self) -> Product {
+        self.inner.product
+    }
+
+    /// For example "TensorRT for RTX 1.7.1", as manifests have it.
+    pub fn runtime(&self) -> String {
+        format!("{} {}", self.inner.product.title(), self.version())
+    }
+
+    /// Registers the plugin library, which is checked against this TensorRT's version first.
+    ///
+    /// # Errors
+    /// A library for another major version, or one that TensorRT does not take.
+    pub fn load_plugin(&self, library: &PluginLibrary) -> Result<()> {
+        library.check(self.inner.version)?;
+        let path = CString::new(library.path().as_os_str().as_bytes())
+            .map_err(|error| EngineError::io(library.path(), "pass the path on")(error.into()))?;
+        // SAFETY: `registry` is getPluginRegistry of the checked version; a C string.
+        let taken = unsafe { (self.inner.shim.load_plugins)(self.inner.registry, path.as_ptr()) };
+        if taken == 1 {
+            return Ok(());
+        }
+        Err(EngineError::TensorRt {
+            subject: library.path().display().to_string(),
+            action: "register the plugin library",
+            messages: Vec::new(),
+        })
+    }
+
     /// For example "1.7.1".
     pub fn version(&self) -> String {
-        version_text(self.inner.version)
+        probe::shown(self.inner.version)
     }
 
     /// The builder's library.
@@ -74,47 +154,33 @@ impl TensorRtRtx {
     }
 }
 
-/// `major * 10000 + minor * 100 + patch` as text.
-fn version_text(version: u32) -> String {
-    format!(
-        "{}.{}.{}",
-        version / 10_000,
-        version / 100 % 100,
-        version % 100
-    )
-}
-
-fn open() -> Result<Inner> {
-    let builder_path = find::library(Library::TensorRtRtx)?.require()?;
-    let parser_path = find::library(Library::TensorRtRtxParser)?.require()?;
-    let shim_path = find::library(Library::TensorRtShim)?.require()?;
-    let builder = load(Library::TensorRtRtx, &builder_path)?;
-    let parser = load(Library::TensorRtRtxParser, &parser_path)?;
-    let shim_library = load(Library::TensorRtShim, &shim_path)?;
+fn open(product: Product) -> Result<Inner> {
+    let [of_builder, of_parser, of_shim] = product.libraries();
+    let builder_path = find::library(of_builder)?.require()?;
+    let parser_path = find::library(of_parser)?.require()?;
+    let shim_path = find::library(of_shim)?.require()?;
+    let builder = load(of_builder, &builder_path)?;
+    let parser = load(of_parser, &parser_path)?;
+    let shim_library = load(of_shim, &shim_path)?;
 
     let shim = Functions::of(&shim_library)
-        .map_err(|error| unusable(Library::TensorRtShim, &shim_path, error.to_string()))?;
+        .map_err(|error| unusable(of_shim, &shim_path, error.to_string()))?;
     // SAFETY: the function takes nothing and returns a number.
     let abi = unsafe { (shim.abi)() };
     if abi != ABI {
         let found = format!("interface {abi}, while this mlac speaks {ABI}");
-        return Err(unusable(Library::TensorRtShim, &shim_path, found).into());
+        return Err(unusable(of_shim, &shim_path, found).into());
     }
     let create_builder = symbol(
         &builder,
-        Library::TensorRtRtx,
+        of_builder,
         &builder_path,
         b"createInferBuilder_INTERNAL",
     )?;
-    let registry = symbol(
-        &builder,
-        Library::TensorRtRtx,
-        &builder_path,
-        b"getPluginRegistry",
-    )?;
+    let registry = symbol(&builder, of_builder, &builder_path, b"getPluginRegistry")?;
     let create_parser = symbol(
         &parser,
-        Library::TensorRtRtxParser,
+        of_parser,
         &parser_path,
         b"createNvOnnxParser_INTERNAL",
     )?;
@@ -122,15 +188,19 @@ fn open() -> Result<Inner> {
     let version = unsafe {
         let get: libloading::Symbol<'_, GetVersion> = builder
             .get(b"getInferLibVersion")
-            .map_err(|error| unusable(Library::TensorRtRtx, &builder_path, error.to_string()))?;
+            .map_err(|error| unusable(of_builder, &builder_path, error.to_string()))?;
         get()
     };
     // SAFETY: the function takes nothing and returns a number.
     let wanted = unsafe { (shim.version)() };
-    // Virtual tables may grow within a minor version, never change: the patch may differ.
-    if version / 100 != wanted / 100 {
-        let found = format!("version {}", version_text(version as u32));
-        return Err(unusable(Library::TensorRtRtx, &builder_path, found).into());
+    // RTX changes its tables of virtual functions with every minor version; enterprise TensorRT only adds to them within a major one.
+    let serves = match product {
+        Product::Rtx => version / 100 == wanted / 100,
+        Product::Enterprise => version / 10_000 == wanted / 10_000 && version / 100 >= wanted / 100,
+    };
+    if !serves {
+        let found = format!("version {}", probe::shown(version as u32));
+        return Err(unusable(of_builder, &builder_path, found).into());
     }
 
     let mut plugins = Vec::new();
@@ -151,7 +221,9 @@ fn open() -> Result<Inner> {
     plugins.retain(|name| !name.is_empty());
 
     Ok(Inner {
+        product,
         shim,
+        registry,
         create_builder,
         create_parser,
         version: version as u32,

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::builder::{Attention, InputShapes};
+use super::plugin::PluginRecord;
 use crate::error::{EngineError, Result};
 use crate::ort::CacheLayout;
 
@@ -63,6 +64,9 @@ pub struct Manifest {
     pub tool: String,
     /// For example "TensorRT for RTX 1.7.1". Engines run with this version only.
     pub runtime: String,
+    /// The plugin library that the engines need; none for TensorRT for RTX.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub plugin: Option<PluginRecord>,
     /// Whether the engines were run and verified. Building proves nothing about their output.
     pub verified_on_gpu: bool,
     /// Architectures, for example "sm89".
@@ -133,7 +137,8 @@ impl Manifest {
             .sources
             .iter()
             .map(|source| &source.file)
-            .chain(manifest.engines.iter().map(|engine| &engine.file));
+            .chain(manifest.engines.iter().map(|engine| &engine.file))
+            .chain(manifest.plugin.iter().map(|plugin| &plugin.file));
         for name in names {
             let path_of_name = Path::new(name);
             if path_of_name.components().count() != 1
@@ -149,6 +154,23 @@ impl Manifest {
             }
         }
         Ok(manifest)
+    }
+
+    /// Refuses a runtime of another name or version than the one that the engines were built with.
+    ///
+    /// # Errors
+    /// Names both.
+    pub fn check_runtime(&self, runtime: &str) -> Result<()> {
+        if self.runtime == runtime {
+            return Ok(());
+        }
+        Err(Refusal::new(
+            "engines",
+            self.runtime.clone(),
+            runtime,
+            "install the TensorRT that the engines were built with, or build them again with `mlac build`",
+        )
+        .into())
     }
 
     /// Every file that is not what it was when the engines were built, sources first. Empty: the
@@ -168,8 +190,15 @@ impl Manifest {
                 "run `mlac build` again: the engine is damaged or was replaced",
             )
         });
+        let plugin = self.plugin.iter().map(|plugin| {
+            (
+                engines.join(&plugin.file),
+                &plugin.sha256,
+                "run `mlac build` again: the plugin is damaged or was replaced",
+            )
+        });
         let mut stale = Vec::new();
-        for (path, recorded, fix) in sources.chain(built) {
+        for (path, recorded, fix) in sources.chain(built).chain(plugin) {
             let found = if path.is_file() {
                 Some(sha256_file(&path)?.1)
             } else {

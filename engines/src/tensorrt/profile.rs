@@ -6,6 +6,14 @@ use serde::{Deserialize, Serialize};
 use super::builder::{InputShapes, NetworkTensor};
 use crate::ort::Dim;
 
+/// The plugin's caches have a multiple of so many rows.
+const PAGE: usize = mlac_kernels::desc::PAGE as usize;
+
+/// Whether a latent cache has all of its rows at every step (`docs/latent-attention.md`), instead of growing.
+fn keeps_capacity(input: &NetworkTensor) -> bool {
+    matches!(&input.dims.get(1), Some(Dim::Dynamic(name)) if name.starts_with("capacity"))
+}
+
 /// Smallest, most usual and largest size.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Range {
@@ -65,6 +73,28 @@ impl Profiles {
         }
     }
 
+    /// Prompts in pieces of `tokens` tokens, which is what an engine with plugins has kernels for.
+    ///
+    /// # Errors
+    /// A context that holds no piece.
+    pub fn pieces(&self, tokens: usize) -> Result<Profile, Refusal> {
+        if self.max_context < tokens {
+            return Err(Refusal::new(
+                "profiles",
+                format!(
+                    "a context of at least {tokens} tokens: prompts run in pieces of that many"
+                ),
+                self.max_context.to_string(),
+                "choose a larger --max-context",
+            ));
+        }
+        Ok(Profile {
+            seq: Range::only(tokens),
+            past: Range::new(0, 0, self.max_context - tokens),
+            ..self.prefill()
+        })
+    }
+
     /// One token at a time: fastest in the middle of the context.
     pub fn decode(&self) -> Profile {
         Profile {
@@ -116,6 +146,11 @@ impl Profile {
         let varying: &[(usize, Range)] = match input.name.as_str() {
             "input_ids" | "position_ids" | "hidden" => &[(0, self.batch), (1, self.seq)],
             "attention_mask" => &[(0, self.batch), (1, total)],
+            "past_lengths" => &[(0, self.batch)],
+            name if name.starts_with("past_latent.") && keeps_capacity(input) => &[
+                (0, self.batch),
+                (1, Range::only(total.max.next_multiple_of(PAGE))),
+            ],
             name if name.starts_with("past_latent.") => &[(0, self.batch), (1, self.past)],
             name if name.starts_with("past_key_values.") => &[(0, self.batch), (2, self.past)],
             _ => &[],
@@ -180,6 +215,28 @@ mod tests {
         let shapes = profile.shapes("file", &[input]).unwrap();
         assert_eq!(shapes[0].opt, [2, 3, 32, 64]);
         assert_eq!(shapes[0].max, [4, 3, 48, 64]);
+    }
+
+    #[test]
+    fn a_cache_in_place_has_whole_pages_in_every_profile() {
+        let profiles = Profiles {
+            max_batch: 2,
+            max_context: 100,
+            max_prefill: 50,
+        };
+        let mut cache = input("past_latent.0", &[None, None, Some(192)]);
+        cache.dims[1] = Dim::Dynamic("capacity".into());
+        let inputs = [cache, input("past_lengths", &[None])];
+        for profile in [profiles.decode(), profiles.pieces(16).unwrap()] {
+            let shapes = profile.shapes("file", &inputs).unwrap();
+            assert_eq!(
+                (&shapes[0].min, &shapes[0].max),
+                (&vec![1, 128, 192], &vec![2, 128, 192])
+            );
+            assert_eq!((&shapes[1].min, &shapes[1].max), (&vec![1], &vec![2]));
+        }
+        let error = profiles.pieces(101).unwrap_err().to_string();
+        assert!(error.contains("at least 101 tokens"), "{error}");
     }
 
     #[test]

@@ -6,7 +6,7 @@ use std::ffi::{c_char, c_int, c_void};
 use libloading::Library;
 
 /// Version of the functions below; the shim must say the same.
-pub(super) const ABI: i32 = 2;
+pub(super) const ABI: i32 = 3;
 
 /// A network being built. Opaque.
 #[repr(C)]
@@ -76,6 +76,8 @@ functions! {
     open = b"mlac_trt_open": fn(*mut c_void, *mut c_void, Log, *mut c_void) -> *mut Build;
     close = b"mlac_trt_close": fn(*mut Build);
     parse_file = b"mlac_trt_parse_file": fn(*mut Build, *const c_char) -> i32;
+    parse_bytes = b"mlac_trt_parse_bytes": fn(*mut Build, *const c_void, u64, *const c_char) -> i32;
+    load_plugins = b"mlac_trt_load_plugins": fn(*mut c_void, *const c_char) -> i32;
     error_count = b"mlac_trt_error_count": fn(*mut Build) -> i32;
     error = b"mlac_trt_error": fn(*mut Build, i32, *mut ParseError) -> i32;
     tensor_count = b"mlac_trt_tensor_count": fn(*mut Build, i32) -> i32;
@@ -84,6 +86,8 @@ functions! {
     attention_decomposable = b"mlac_trt_attention_decomposable": fn(*mut Build, i32) -> i32;
     config = b"mlac_trt_config": fn(*mut Build, *const i32, i32, i32) -> *mut Config;
     config_free = b"mlac_trt_config_free": fn(*mut Config);
+    timing_set = b"mlac_trt_timing_set": fn(*mut Config, *const c_void, u64) -> i32;
+    timing_get = b"mlac_trt_timing_get": fn(*mut Config) -> *mut Memory;
     profile_begin = b"mlac_trt_profile_begin": fn(*mut Build, *mut Config) -> i32;
     profile_shape = b"mlac_trt_profile_shape": fn(*mut Config, *const c_char, i32, *const i64, *const i64, *const i64) -> i32;
     profile_finish = b"mlac_trt_profile_finish": fn(*mut Config) -> i32;

@@ -63,7 +63,7 @@ impl Target {
             format!("target {self}"),
             expected,
             found,
-            "choose one of those, or run the ONNX files on that GPU; this mlac builds engines with TensorRT for RTX only",
+            "choose one of those, or build on that GPU with --backend tensorrt",
         ))
     }
 }

@@ -44,6 +44,47 @@ impl Region {
     }
 }
 
+/// Regions of the workspace begin at multiples of this.
+pub(super) const REGION_ALIGNMENT: u64 = 256;
+
+/// A region of the workspace: its size is `fixed + per_request * batch` bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Size {
+    /// As in [`DecodeParams`] and [`PlanParams`].
+    pub(super) name: &'static str,
+    pub(super) fixed: u64,
+    pub(super) per_request: u64,
+}
+
+impl Size {
+    fn bytes(self, batch: u32) -> u64 {
+        self.fixed + self.per_request * u64::from(batch)
+    }
+}
+
+/// The regions of the workspace in their order; all empty where nothing is divided.
+pub(super) fn sizes(desc: &AttentionDesc, config: &AttentionConfig, parts: u32) -> [Size; 5] {
+    let (parts, units) = if config.planned {
+        (u64::from(parts), u64::from(config.units(desc)))
+    } else {
+        (0, 0)
+    };
+    let rows = 2 * parts * u64::from(config.unit_rows(desc));
+    let one = u64::from(config.planned);
+    [
+        ("bounds", 8 * (parts + one), 0),
+        ("owners", 0, 8 * units),
+        ("costs", 4 * one, 4 * units),
+        ("lse_part", 4 * rows, 0),
+        ("out_part", 4 * rows * u64::from(desc.out_row()), 0),
+    ]
+    .map(|(name, fixed, per_request)| Size {
+        name,
+        fixed,
+        per_request,
+    })
+}
+
 /// Device memory that divided units need between plan, decode and combine, from one region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Workspace {
@@ -58,33 +99,19 @@ pub struct Workspace {
 impl Workspace {
     /// The layout for batches up to `batch` on `parts` CTAs.
     pub fn of(desc: &AttentionDesc, config: &AttentionConfig, batch: u32, parts: u32) -> Self {
-        let (parts, units) = (
-            u64::from(parts),
-            u64::from(batch) * u64::from(config.units(desc)),
-        );
-        let rows = 2 * parts * u64::from(config.unit_rows(desc));
         let mut next = 0;
-        let mut take = |bytes: u64| {
-            let at = next;
-            next = (next + bytes).next_multiple_of(256);
-            at
-        };
-        if !config.planned {
-            return Self {
-                bounds: 0,
-                owners: 0,
-                costs: 0,
-                lse: 0,
-                out: 0,
-                bytes: 0,
-            };
+        let mut begins = [0; 5];
+        for (begin, size) in begins.iter_mut().zip(sizes(desc, config, parts)) {
+            *begin = next;
+            next = (next + size.bytes(batch)).next_multiple_of(REGION_ALIGNMENT);
         }
+        let [bounds, owners, costs, lse, out] = begins;
         Self {
-            bounds: take(8 * (parts + 1)),
-            owners: take(8 * units),
-            costs: take(4 * (units + 1)),
-            lse: take(4 * rows),
-            out: take(4 * rows * u64::from(desc.out_row())),
+            bounds,
+            owners,
+            costs,
+            lse,
+            out,
             bytes: next,
         }
     }

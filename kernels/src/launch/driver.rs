@@ -11,6 +11,7 @@ use cudarc::driver::{result, sys};
 use mlac_model::Refusal;
 
 use super::check::{Append, Call, Grids, MAX_PARTS, Region};
+use super::recipe::{COMBINE_THREADS, MAP_BOX, PLAN_THREADS, TensorMap};
 use crate::config::{AttentionConfig, Kernel};
 use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype};
 use crate::error::{KernelError, Result};
@@ -318,10 +319,6 @@ pub struct Decoder {
     _device: Device,
 }
 
-/// Threads of `mlac_plan`.
-const PLAN_THREADS: u32 = 1024;
-/// Threads of `mlac_combine`.
-const COMBINE_THREADS: u32 = 256;
 /// Threads of `mlac_append`.
 const APPEND_THREADS: u32 = 128;
 
@@ -499,27 +496,23 @@ impl Decoder {
 /// A tensor of three dimensions, innermost first, without gaps, read in swizzled boxes of 64 x 64 x 1; zeros beyond its edges.
 fn tensor_map(dtype: Dtype, region: Region, extent: [u64; 3]) -> Result<sys::CUtensorMap> {
     let strides = [extent[0] * 2, extent[0] * extent[1] * 2];
-    let (block, steps) = ([64_u32, 64, 1], [1_u32; 3]);
+    let steps = [1_u32; 3];
     let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    let kind = match dtype {
-        Dtype::Bf16 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-        Dtype::F16 => sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-    };
     // SAFETY: all arrays have three (strides: two) elements; the map is aligned by its type.
     unsafe {
         sys::cuTensorMapEncodeTiled(
             &raw mut map,
-            kind,
+            TensorMap::data_type(dtype),
             3,
             region.address() as *mut c_void,
             extent.as_ptr(),
             strides.as_ptr(),
-            block.as_ptr(),
+            MAP_BOX.as_ptr(),
             steps.as_ptr(),
-            sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
-            sys::CUtensorMapSwizzle_enum::CU_TENSOR_MAP_SWIZZLE_128B,
-            sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
-            sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            TensorMap::INTERLEAVE,
+            TensorMap::SWIZZLE,
+            TensorMap::PROMOTION,
+            TensorMap::FILL,
         )
     }
     .result()
@@ -572,6 +565,43 @@ fn launch(
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// `kernels/plugin/driver.h` has these of cuda.h too: its assertions have the same sizes, its constants the same numbers.
+    #[test]
+    fn the_plugins_copy_of_the_drivers_types_is_right() {
+        let text = include_str!("../../plugin/driver.h");
+        let attribute =
+            sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+        let shared =
+            sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        for line in [
+            format!(
+                "sizeof(LaunchAttribute) == {},",
+                size_of::<sys::CUlaunchAttribute>()
+            ),
+            format!(
+                "sizeof(LaunchConfig) == {},",
+                size_of::<sys::CUlaunchConfig>()
+            ),
+            format!("sizeof(TensorMap) == {},", size_of::<sys::CUtensorMap>()),
+            format!("kProgrammaticSerialization = {};", attribute as u32),
+            format!("kMaxDynamicShared = {};", shared as u32),
+            format!(
+                "kComputeCapabilityMajor = {};",
+                A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as u32
+            ),
+            format!(
+                "kComputeCapabilityMinor = {};",
+                A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32
+            ),
+        ] {
+            assert!(text.contains(&line), "driver.h has no `{line}`");
+        }
+        assert_eq!(std::mem::offset_of!(sys::CUlaunchAttribute, value), 8);
+        assert_eq!(std::mem::offset_of!(sys::CUlaunchConfig, hStream), 32);
+        assert_eq!(std::mem::offset_of!(sys::CUlaunchConfig, attrs), 40);
+        assert_eq!(std::mem::offset_of!(sys::CUlaunchConfig, numAttrs), 48);
+    }
 
     #[test]
     fn a_missing_driver_is_told_and_not_panicked_about() {

@@ -38,7 +38,7 @@ pub enum Command {
     /// Write a checkpoint (GQA or MLA) as ONNX.
     #[command(after_help = "Example:\n  mlac export mla/ -o onnx/")]
     Export(ExportArgs),
-    /// Build TensorRT for RTX engines from an ONNX folder.
+    /// Build TensorRT engines from an ONNX folder.
     #[command(after_help = "Example:\n  mlac build onnx/ -o engines/ --target sm89,sm120")]
     Build(BuildArgs),
     /// Compare two models' logits: checkpoints or ONNX folders. Exit code 1 beyond tolerance.
@@ -213,7 +213,7 @@ pub struct ExportArgs {
 /// Shapes the engines are optimised for.
 #[derive(Debug, Clone, Args)]
 pub struct ProfileArgs {
-    /// GPU architectures: sm75, sm80, sm86, sm89, sm120, sm121.
+    /// GPU architectures: sm75, sm80, sm86, sm89, sm120, sm121; with `build --backend tensorrt` the GPU of this machine, sm90 among others.
     #[arg(long, value_delimiter = ',')]
     pub target: Vec<String>,
     /// Largest batch.
@@ -227,6 +227,15 @@ pub struct ProfileArgs {
     pub max_prefill: usize,
 }
 
+/// Which TensorRT builds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum BackendArg {
+    /// TensorRT for RTX: needs no GPU, no plugins.
+    TensorrtRtx,
+    /// Enterprise TensorRT 11, on the GPU that the engines are for: folders of `mlac export --form tensorrt`.
+    Tensorrt,
+}
+
 /// `mlac build`.
 #[derive(Debug, Args)]
 pub struct BuildArgs {
@@ -235,6 +244,9 @@ pub struct BuildArgs {
     /// Folder to write; must not exist.
     #[arg(short, long)]
     pub output: PathBuf,
+    /// Which TensorRT.
+    #[arg(long, value_enum, default_value_t = BackendArg::TensorrtRtx)]
+    pub backend: BackendArg,
     /// Profiles.
     #[command(flatten)]
     pub profile: ProfileArgs,

@@ -1,10 +1,10 @@
-//! ONNX folder to TensorRT for RTX engines.
+//! ONNX folder to TensorRT engines.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use mlac_engines::tensorrt::{
-    Attention, BuildOptions, BuildProgress, BuildReport, Manifest, Profiles, Stale, Target,
-    build_engines,
+    Attention, BuildOptions, BuildProgress, BuildReport, Manifest, Product, Profiles, Stale,
+    Target, build_engines,
 };
 
 use crate::error::Error;
@@ -14,15 +14,18 @@ use crate::progress::Progress;
 pub fn build(
     onnx: &Path,
     output: &Path,
+    product: Product,
     targets: &[Target],
     profiles: Profiles,
     threads: usize,
     progress: Progress,
 ) -> Result<BuildReport, Error> {
     let options = BuildOptions {
+        product,
         targets: targets.to_vec(),
         profiles,
         threads,
+        timing_cache: timing_cache(),
     };
     let stage = progress.stage("building engines", 0);
     let report = build_engines(onnx, output, &options, &mut |at| match at {
@@ -40,6 +43,17 @@ pub fn build(
         }
     })?;
     Ok(report)
+}
+
+/// `mlac/tensorrt.timing` in the user's cache folder; none without one.
+fn timing_cache() -> Option<PathBuf> {
+    let variable = |name: &str| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    let folder = variable("XDG_CACHE_HOME").or_else(|| Some(variable("HOME")?.join(".cache")))?;
+    Some(folder.join("mlac").join("tensorrt.timing"))
 }
 
 /// Every file that is no longer what the engines' manifest recorded.

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use mlac_engines::parity::Tolerance;
-use mlac_engines::tensorrt::{EngineReport, Profiles, Target};
+use mlac_engines::tensorrt::{EngineReport, Product, Profiles, Target};
 use mlac_graph::builders::{GqaForm, Runtime};
 use mlac_graph::ir::DType;
 use mlac_model::Checkpoint;
@@ -230,6 +230,7 @@ fn build_engines(
     let report = build::build(
         &onnx,
         &folder,
+        Product::Rtx,
         &request.targets,
         request.profiles,
         request.convert.threads,

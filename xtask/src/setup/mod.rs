@@ -47,7 +47,7 @@ struct Component {
 }
 
 /// In order: later ones may use earlier ones.
-const COMPONENTS: [Component; 8] = [
+const COMPONENTS: [Component; 10] = [
     onnxruntime::COMPONENT,
     python_env::COMPONENT,
     tensorrt_rtx::COMPONENT,
@@ -55,7 +55,9 @@ const COMPONENTS: [Component; 8] = [
     text::COMPONENT,
     headers::COMPONENT,
     cuda::COMPONENT,
-    shim::COMPONENT,
+    shim::RTX,
+    shim::ENTERPRISE,
+    shim::PLUGINS,
 ];
 
 /// Installs what is missing or out of date. With `offline`, anything missing is an error.

@@ -1,8 +1,8 @@
-//! Our C++ shim over TensorRT's interface: `target/runtime/tensorrt_shim/libmlac_trt_shim.so`.
+//! Our C++ against TensorRT's headers: the shims over its interface, one for each product, and the plugin library.
 //!
-//! TensorRT's objects are C++ classes with virtual functions; the shim turns the handful that mlac
-//! uses into plain C functions. It links nothing: `mlac-engines` hands it the loaded libraries'
-//! entry points. Compiling it takes well under a second.
+//! TensorRT's objects are C++ classes with virtual functions; a shim turns the handful that mlac
+//! uses into plain C functions. None of the libraries links TensorRT or CUDA: `mlac-engines` hands the shims the
+//! loaded libraries' entry points, and the plugin library is loaded by TensorRT itself.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,36 +12,70 @@ use super::{Component, Context, headers};
 use crate::error::TaskError;
 use crate::process::{quiet, tail};
 
-const LIBRARY: &str = "libmlac_trt_shim.so";
-const FLAGS: [&str; 6] = [
+const SHIM: &str = "libmlac_trt_shim.so";
+const PLUGIN: &str = "libmlac_trt.so";
+const FLAGS: [&str; 7] = [
     "-std=c++17",
     "-O2",
     "-fPIC",
     "-shared",
     "-fvisibility=hidden",
     "-Wall",
+    // A name that only a library could bring is an error now, not when it is loaded.
+    "-Wl,-z,defs",
 ];
 
-pub(super) const COMPONENT: Component = Component {
+pub(super) const RTX: Component = Component {
     title: "TensorRT shim",
     folder: "tensorrt_shim",
-    recipe,
-    produce,
+    recipe: |context| recipe(&[shim(context)], context),
+    produce: |context, staging| compile(context, staging, "rtx", &[shim(context)], SHIM),
 };
 
-fn source(context: &Context<'_>) -> PathBuf {
-    context
-        .workspace
-        .root()
-        .join("engines")
-        .join("shim")
-        .join("shim.cpp")
+pub(super) const ENTERPRISE: Component = Component {
+    title: "TensorRT shim for enterprise TensorRT",
+    folder: "tensorrt_enterprise_shim",
+    recipe: |context| recipe(&[shim(context)], context),
+    produce: |context, staging| compile(context, staging, "enterprise", &[shim(context)], SHIM),
+};
+
+pub(super) const PLUGINS: Component = Component {
+    title: "TensorRT plugin",
+    folder: "tensorrt_plugin",
+    recipe: |context| recipe(&plugin(context)?, context),
+    produce: |context, staging| {
+        let sources: Vec<PathBuf> = plugin(context)?
+            .into_iter()
+            .filter(|path| path.extension().is_some_and(|e| e == "cpp"))
+            .collect();
+        compile(context, staging, "enterprise", &sources, PLUGIN)
+    },
+};
+
+fn shim(context: &Context<'_>) -> PathBuf {
+    context.workspace.root().join("engines/shim/shim.cpp")
 }
 
-fn recipe(context: &Context<'_>) -> Result<Vec<u8>, TaskError> {
-    let path = source(context);
-    let mut bytes = fs::read(&path).map_err(TaskError::io(&path, "read the shim's source"))?;
-    bytes.extend_from_slice(FLAGS.join(" ").as_bytes());
+/// Every file of the plugin's source, in name order.
+fn plugin(context: &Context<'_>) -> Result<Vec<PathBuf>, TaskError> {
+    let folder = context.workspace.root().join("kernels/plugin");
+    let mut files = Vec::new();
+    for entry in fs::read_dir(&folder).map_err(TaskError::io(&folder, "list the folder"))? {
+        files.push(
+            entry
+                .map_err(TaskError::io(&folder, "list the folder"))?
+                .path(),
+        );
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn recipe(sources: &[PathBuf], context: &Context<'_>) -> Result<Vec<u8>, TaskError> {
+    let mut bytes = FLAGS.join(" ").into_bytes();
+    for path in sources {
+        bytes.extend(fs::read(path).map_err(TaskError::io(path, "read the source"))?);
+    }
     let headers = context
         .workspace
         .runtime()
@@ -51,24 +85,31 @@ fn recipe(context: &Context<'_>) -> Result<Vec<u8>, TaskError> {
     Ok(bytes)
 }
 
-fn produce(context: &Context<'_>, staging: &Path) -> Result<Vec<PathBuf>, TaskError> {
+fn compile(
+    context: &Context<'_>,
+    staging: &Path,
+    set: &str,
+    sources: &[PathBuf],
+    library: &str,
+) -> Result<Vec<PathBuf>, TaskError> {
     let compiler = headers::compiler()?;
     let include = context.workspace.runtime().join("tensorrt_headers");
     let answer = quiet(
         Command::new(&compiler)
             .args(FLAGS)
             .arg("-isystem")
-            .arg(include.join("rtx"))
+            .arg(include.join(set))
             .arg("-isystem")
             .arg(include.join("cuda"))
-            .arg(source(context))
+            .args(sources)
             .arg("-o")
-            .arg(staging.join(LIBRARY)),
+            .arg(staging.join(library))
+            .arg("-ldl"),
     );
     match answer {
-        Some(answer) if answer.ok => Ok(vec![LIBRARY.into()]),
+        Some(answer) if answer.ok => Ok(vec![library.into()]),
         answer => Err(TaskError::missing(
-            "the TensorRT shim does not compile",
+            format!("{library} does not compile"),
             answer.map_or_else(
                 || "the compiler did not start".into(),
                 |answer| tail(&answer.text, 12),

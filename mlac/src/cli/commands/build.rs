@@ -2,11 +2,11 @@
 
 use std::fmt::Write as _;
 
-use mlac_engines::tensorrt::{Profiles, Target};
+use mlac_engines::tensorrt::{Product, Profiles, Target};
 use mlac_model::Refusal;
 
 use super::Context;
-use crate::cli::args::{BuildArgs, ProfileArgs};
+use crate::cli::args::{BackendArg, BuildArgs, ProfileArgs};
 use crate::cli::units::show_bytes;
 use crate::error::Error;
 use crate::pipeline::build;
@@ -43,6 +43,10 @@ pub(super) fn run(args: &BuildArgs, context: Context) -> Result<bool, Error> {
     let report = build::build(
         &args.onnx,
         &args.output,
+        match args.backend {
+            BackendArg::TensorrtRtx => Product::Rtx,
+            BackendArg::Tensorrt => Product::Enterprise,
+        },
         &targets,
         profiles(&args.profile),
         context.threads,
