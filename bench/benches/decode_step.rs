@@ -1,5 +1,5 @@
-//! Decode step of one attention layer in ONNX Runtime: MLA against both GQA baselines (primitives and
-//! ONNX Runtime's own GroupQueryAttention), by context, all in one run.
+//! Decode step of one attention layer in ONNX Runtime: MLA, in standard operators and as `mlac::LatentAttention`,
+//! against both GQA baselines (primitives and ONNX Runtime's own GroupQueryAttention), by context, all in one run.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -11,7 +11,7 @@ use mlac::pipeline::convert::{LayerPlan, Method, converted_config};
 use mlac_bench::random_model::{Random, RandomLlama};
 use mlac_bench::{estimates, results};
 use mlac_converter::{RankChoice, Recipe};
-use mlac_engines::ort::{HostTensor, OrtSession, SessionOptions, Value};
+use mlac_engines::ort::{HostTensor, Kept, OrtSession, SessionOptions, Value};
 use mlac_graph::builders::{CacheProduct, StepForm, StepOptions, step_graph};
 use mlac_graph::ir::DType;
 use mlac_graph::onnx::{MemoryWeights, Overlay, to_bytes};
@@ -47,7 +47,7 @@ const CASES: [Case; 2] = [
 ];
 
 /// The forms that are timed.
-const FORMS: [(&str, StepForm, CacheProduct); 4] = [
+const FORMS: [(&str, StepForm, CacheProduct); 5] = [
     (
         "GQA primitives",
         StepForm::GqaPrimitives,
@@ -64,12 +64,19 @@ const FORMS: [(&str, StepForm, CacheProduct); 4] = [
         StepForm::MlaAbsorbed,
         CacheProduct::CacheRows,
     ),
+    (
+        "LatentAttention",
+        StepForm::MlaOperator,
+        CacheProduct::QueryRows,
+    ),
 ];
 
 /// One form's session with its inputs at one context.
 struct Step {
     session: OrtSession,
     inputs: Vec<(String, Value)>,
+    /// A cache in place, and its names as input and output.
+    kept: Option<(String, String, Value)>,
 }
 
 impl Step {
@@ -88,7 +95,7 @@ impl Step {
             .expect("a conversion");
         let mut top = MemoryWeights::new();
         let mut config = checkpoint.config().clone();
-        if form == StepForm::MlaAbsorbed {
+        if matches!(form, StepForm::MlaAbsorbed | StepForm::MlaOperator) {
             config = converted_config(&config, &[plan]);
             for (name, shape, data) in converted.tensors.named() {
                 let name = mlac::pipeline::calibrate::tensor_name(0, name);
@@ -110,16 +117,20 @@ impl Step {
         let session = OrtSession::from_bytes("decode step", &bytes, &SessionOptions::default())
             .expect("a session");
         let mut random = Random(11);
+        let mut kept = None;
         let inputs = session
             .inputs()
             .iter()
-            .map(|port| {
+            .filter_map(|port| {
                 let shape: Vec<usize> = port
                     .dims
                     .iter()
                     .map(|d| {
-                        d.fixed()
-                            .unwrap_or_else(|| if is_past(d) { context } else { 1 })
+                        d.fixed().unwrap_or_else(|| match d {
+                            _ if d.is_capacity() => context + 1,
+                            _ if is_past(d) => context,
+                            _ => 1,
+                        })
                     })
                     .collect();
                 let count = shape.iter().product();
@@ -128,16 +139,38 @@ impl Step {
                 } else {
                     HostTensor::f32(shape, random.many(count))
                 };
-                (port.name.clone(), Value::new(tensor).expect("a tensor"))
+                let value = Value::new(tensor).expect("a tensor");
+                if port.dims.iter().any(mlac_engines::ort::Dim::is_capacity) {
+                    let value = value.changeable().expect("a tensor of the runtime");
+                    let present = port.name.replacen("past", "present", 1);
+                    kept = Some((port.name.clone(), present, value));
+                    return None;
+                }
+                Some((port.name.clone(), value))
             })
             .collect();
-        Self { session, inputs }
+        Self {
+            session,
+            inputs,
+            kept,
+        }
     }
 
     fn run(&mut self) -> Vec<Value> {
         let inputs: Vec<(&str, &Value)> =
             self.inputs.iter().map(|(n, v)| (n.as_str(), v)).collect();
-        self.session.run(&inputs).expect("a step")
+        match &mut self.kept {
+            None => self.session.run(&inputs),
+            Some((input, output, value)) => self.session.run_in_place(
+                &inputs,
+                &mut [Kept {
+                    input,
+                    output,
+                    value,
+                }],
+            ),
+        }
+        .expect("a step")
     }
 }
 
@@ -177,7 +210,8 @@ fn main() {
     }
     let mut body = String::from(
         "One attention layer (projections, rotation, cache append, softmax, output projection), batch 1, one new token, f32, \
-         median of criterion's samples in milliseconds. `A / B` above 1 means MLA is faster.\n",
+         median of criterion's samples in milliseconds. `A / B` above 1 means that B is faster. LatentAttention keeps its cache in place, \
+         all others return a new one: that is what their operators allow.\n",
     );
     for case in &CASES {
         let median = |form: &str, context: usize| {
@@ -197,12 +231,19 @@ fn main() {
                 row.extend(times.iter().map(|t| format!("{t:.3}")));
                 row.push(format!("{:.2}", times[0] / mla));
                 row.push(format!("{:.2}", times[1] / mla));
+                row.extend([times[0], times[1], mla].map(|t| format!("{:.2}", t / times[4])));
                 row
             })
             .collect();
         let mut head = vec!["context"];
         head.extend(FORMS.iter().map(|(form, ..)| *form));
-        head.extend(["primitives / MLA", "operator / MLA"]);
+        head.extend([
+            "primitives / MLA",
+            "operator / MLA",
+            "primitives / LatentAttention",
+            "operator / LatentAttention",
+            "MLA / LatentAttention",
+        ]);
         let _ = write!(
             body,
             "\n### {}\n\n{}",

@@ -15,8 +15,9 @@
 //! 8. Inline constants: as many bytes as type and shape say, and small.
 //! 9. Weights: floating point, or bytes as they are; the transform applies to the source shape and leaves as many
 //!    elements as the shape has; one checkpoint tensor has one source shape.
-//! 10. Caches: every input `past_*` has one output `present*` of the same type and rank, equal in
-//!     all axes but one, which grows by the new tokens or keeps the last ones; and the other way round.
+//! 10. Caches: every input `past_*` but `past_lengths` has one output `present*` of the same type and rank, equal in
+//!     all axes but one, which grows by the new tokens or keeps the last ones, and in all axes when
+//!     one of them is a `capacity*`; and the other way round.
 //! 11. Bodies of loops: each is a graph with these invariants, but its inputs stand for values outside;
 //!     none but the run's number, the condition and carried values may be unused, and it has no weights.
 
@@ -33,6 +34,12 @@ use crate::{
 
 /// The largest constant that may sit inside a graph, in bytes.
 const LARGEST_INLINE: usize = 1 << 16;
+
+/// What the symbol of an axis begins with that holds as many rows after a step as before.
+const CAPACITY: &str = "capacity";
+
+/// The input of lengths that some forms have, which is no cache.
+pub(crate) const PAST_LENGTHS: &str = "past_lengths";
 
 /// A graph that holds every invariant; the only form that can be written.
 #[derive(Debug, Clone, PartialEq)]
@@ -559,6 +566,9 @@ fn caches(graph: &Graph) -> Result<(), Violation> {
         let Some(rest) = past.name.strip_prefix("past_") else {
             continue;
         };
+        if past.name == PAST_LENGTHS {
+            continue;
+        }
         let name = match rest.strip_prefix("key_values.") {
             Some(rest) => format!("present.{rest}"),
             None => format!("present_{rest}"),
@@ -575,11 +585,11 @@ fn caches(graph: &Graph) -> Result<(), Violation> {
             .collect();
         let agree = past.ty.dtype == present.ty.dtype
             && past.ty.rank() == present.ty.rank()
-            && grown.len() == 1
+            && grown.len() == usize::from(!has_capacity(past))
             && past.ty.shape.len() > 1;
         if !agree {
             let problem = format!(
-                "{} becomes {name} {}, one axis may grow",
+                "{} becomes {name} {}, one axis may grow, or none when one is a capacity",
                 past.ty, present.ty
             );
             return wrong(&past.name, problem);
@@ -589,6 +599,12 @@ fn caches(graph: &Graph) -> Result<(), Violation> {
         Some((name, _)) => wrong(&name, "no past input belongs to it".to_owned()),
         None => Ok(()),
     }
+}
+
+/// Whether the cache has a fixed capacity, so that a step gives it back in the same shape.
+fn has_capacity(cache: &Value) -> bool {
+    let mut symbols = cache.ty.shape.iter().flat_map(Dim::symbols);
+    symbols.any(|symbol| symbol.starts_with(CAPACITY))
 }
 
 #[cfg(test)]

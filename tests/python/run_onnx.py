@@ -2,12 +2,14 @@
 
     python run_onnx.py check FOLDER ..                                   every *.onnx, full checking, one line each
     python run_onnx.py logits FOLDER IO OUT .. --prefill N --steps K     logits of N + K tokens as OUT (f32, C order)
+    python run_onnx.py generate FOLDER IDS COUNT .. --operators LIB      COUNT greedy tokens after IDS (1,2,3), a line of JSON
 
 `logits` runs the first N tokens as one prefill from an empty cache and K tokens one by one, feeding each step's
 `present*` outputs back as `past*` inputs. IO is a safetensors file with input_ids, attention_mask and position_ids
 [batch, seq] i64, seq >= N + K. Any number of folders, or of triples. Prints one line of JSON for each triple:
 the shape, and the caches' names, shapes and types after the last step.
-Prefill runs prefill.onnx where the folder has one, everything else decoder.onnx.
+Prefill runs prefill.onnx where the folder has one, everything else decoder.onnx. A cache whose axis is called capacity*
+is kept in place: one buffer is bound to its input and its output. `--operators` is mlac's library, libmlac_ort.so.
 
 Needs onnx, onnxruntime and numpy: PYTHONPATH=target/runtime/python.
 """
@@ -75,15 +77,90 @@ def empty_cache(entry, batch: int) -> np.ndarray:
     return np.zeros(shape, TYPES[entry.type])
 
 
-def logits(folder: Path, io: Path, out: Path, prefill: int, steps: int) -> int:
+def opener(folder: Path, operators: Path | None):
+    """Sessions of a folder's files, with mlac's operators."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    if operators is not None:
+        options.register_custom_ops_library(str(operators))
+    return lambda name: onnxruntime.InferenceSession(
+        str(folder / name), options, providers=["CPUExecutionProvider"]
+    )
 
-    def session(name: str):
-        return onnxruntime.InferenceSession(str(folder / name), options, providers=["CPUExecutionProvider"])
 
+def kept_window(entry) -> int | None:
+    """Of a cache that is kept in place the window, 0 for none; None for a cache that grows."""
+    names = [size for size in entry.shape[1:] if isinstance(size, str) and size.startswith("capacity")]
+    return int(names[0].partition("_w")[2] or 0) if names else None
+
+
+class InPlace:
+    """A session with caches of a capacity, one buffer each."""
+
+    def __init__(self, session, capacity: int):
+        import onnxruntime
+
+        self.session, self.buffers = session, {}
+        for entry in session.get_inputs():
+            window = kept_window(entry)
+            if window is not None:
+                shape = [1, window or capacity, entry.shape[2]]
+                buffer = np.zeros(shape, TYPES[entry.type])
+                self.buffers[entry.name] = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)
+
+    def run(self, inputs: dict, wanted: list[str]) -> dict:
+        binding = self.session.io_binding()
+        for name, value in inputs.items():
+            binding.bind_cpu_input(name, np.ascontiguousarray(value))
+        for name, buffer in self.buffers.items():
+            binding.bind_ortvalue_input(name, buffer)
+            binding.bind_ortvalue_output(present_of(name), buffer)
+        for name in wanted:
+            binding.bind_output(name)
+        self.session.run_with_iobinding(binding)
+        bound = [*(present_of(name) for name in self.buffers), *wanted]
+        outputs = binding.get_outputs()
+        return {name: outputs[bound.index(name)].numpy() for name in wanted}
+
+
+def generate(folder: Path, ids: list[int], count: int, operators: Path | None) -> int:
+    """The most likely token, again and again."""
+    session = opener(folder, operators)
+    decoder = session("decoder.onnx")
+    inside = InPlace(decoder, len(ids) + count)
+    first = session("prefill.onnx") if (folder / "prefill.onnx").is_file() else None
+    others = [e for e in decoder.get_inputs() if e.name not in TEXT_INPUTS and e.name not in inside.buffers]
+    caches = {entry.name: empty_cache(entry, 1) for entry in others}
+    wanted = {entry.name for entry in decoder.get_inputs()}
+    tokens, past, new = [], 0, list(ids)
+    for _ in range(count):
+        total = past + len(new)
+        inputs = {
+            "input_ids": np.array([new], np.int64),
+            "attention_mask": np.ones((1, total), np.int64),
+            "position_ids": np.arange(past, total, dtype=np.int64)[None],
+            **caches,
+        }
+        inputs = {name: value for name, value in inputs.items() if name in wanted}
+        names = ["logits", *(present_of(name) for name in caches)]
+        if inside.buffers:
+            results = inside.run(inputs, names)
+        else:
+            running = first if past == 0 and first is not None else decoder
+            results = dict(zip(names, running.run(names, inputs)))
+        caches = {name: results[present_of(name)] for name in caches}
+        tokens.append(int(results["logits"][0, -1].argmax()))
+        past, new = total, tokens[-1:]
+    print(json.dumps({"tokens": tokens, "kept": sorted(inside.buffers)}), flush=True)
+    return 0
+
+
+def logits(folder: Path, io: Path, out: Path, prefill: int, steps: int) -> int:
+    import onnxruntime
+
+    session = opener(folder, None)
     decoder = session("decoder.onnx")
     first = session("prefill.onnx") if (folder / "prefill.onnx").is_file() else decoder
     tensors = read_integers(io)
@@ -128,7 +205,18 @@ def main() -> int:
     running.add_argument("paths", type=Path, nargs="+", metavar="FOLDER IO OUT")
     running.add_argument("--prefill", type=int, required=True)
     running.add_argument("--steps", type=int, required=True)
+    speaking = commands.add_parser("generate")
+    speaking.add_argument("paths", nargs="+", metavar="FOLDER IDS COUNT")
+    speaking.add_argument("--operators", type=Path)
     args = parser.parse_args()
+    if args.command == "generate":
+        if len(args.paths) % 3:
+            parser.error(f"expected triples of FOLDER IDS COUNT, found {len(args.paths)} arguments")
+        triples = zip(*(iter(args.paths),) * 3)
+        return max(
+            generate(Path(folder), [int(i) for i in ids.split(",")], int(count), args.operators)
+            for folder, ids, count in triples
+        )
     if args.command == "check":
         return max([check(folder) for folder in args.folders])
     if len(args.paths) % 3:

@@ -101,7 +101,11 @@ pub fn decode_padded(folder: &Path, io: &Io, pieces: &[usize]) -> Outcome<Vec<f3
         let mut shape: Vec<usize> = port
             .dims
             .iter()
-            .map(|dim| dim.fixed().unwrap_or(0))
+            .map(|dim| match dim {
+                // Not bound to its output: every run copies it, and a ring is as small as it may be.
+                _ if dim.is_capacity() => dim.window().unwrap_or(io.seq),
+                _ => dim.fixed().unwrap_or(0),
+            })
             .collect();
         shape[0] = io.batch;
         if !matches!(port.dims[0], Dim::Dynamic(_)) {

@@ -58,8 +58,10 @@ fn write(checkpoint: &Path, folder: &Path, files: &[(&str, DecoderOptions)]) -> 
         .iter()
         .map(|(name, options)| {
             let graph = match options.runtime {
-                Runtime::Standard => decoder_graph_as_stored(config, options, &checkpoint),
-                Runtime::TensorRt => decoder_graph(config, options),
+                Runtime::Standard | Runtime::OnnxRuntime => {
+                    decoder_graph_as_stored(config, options, &checkpoint)
+                }
+                Runtime::TensorRt | Runtime::TensorRtPlugin => decoder_graph(config, options),
             };
             Ok((*name, graph.map_err(text)?))
         })

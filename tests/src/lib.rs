@@ -6,6 +6,7 @@ pub mod compare;
 pub mod decode;
 pub mod export;
 pub mod fixtures;
+pub mod latent;
 pub mod python;
 pub mod runtime;
 pub mod smollm2;

@@ -54,6 +54,56 @@ pub fn onnxruntime(jobs: &[Job]) -> Outcome<Vec<Answer>> {
     answers(jobs, &runtime::output(&mut command)?, 4)
 }
 
+/// A folder and what it continues.
+#[derive(Debug, Clone)]
+pub struct Generation {
+    /// An exported folder.
+    pub folder: PathBuf,
+    /// The prompt.
+    pub ids: Vec<i64>,
+    /// How many tokens to add.
+    pub count: usize,
+}
+
+/// What a folder said.
+#[derive(Debug)]
+pub struct Generated {
+    /// The most likely tokens.
+    pub tokens: Vec<i64>,
+    /// Caches that were kept in place.
+    pub kept: Vec<String>,
+}
+
+/// Greedy tokens of each folder from Python's onnxruntime with mlac's library of operators.
+pub fn generate(jobs: &[Generation], operators: &Path) -> Outcome<Vec<Generated>> {
+    let mut command = runtime::python("python/run_onnx.py")?;
+    command.arg("generate").arg("--operators").arg(operators);
+    for job in jobs {
+        let ids: Vec<String> = job.ids.iter().map(ToString::to_string).collect();
+        command.arg(&job.folder).arg(ids.join(","));
+        command.arg(job.count.to_string());
+    }
+    let printed = runtime::output(&mut command)?;
+    let list = |report: &Value, name: &str| report[name].as_array().cloned().unwrap_or_default();
+    printed
+        .lines()
+        .map(|line| {
+            let report: Value = serde_json::from_str(line).map_err(text)?;
+            let names = list(&report, "kept");
+            Ok(Generated {
+                tokens: list(&report, "tokens")
+                    .iter()
+                    .filter_map(Value::as_i64)
+                    .collect(),
+                kept: names
+                    .iter()
+                    .filter_map(|n| n.as_str().map(str::to_owned))
+                    .collect(),
+            })
+        })
+        .collect()
+}
+
 /// `onnx.checker` with full checking on every file of the folders; its report, a line per file.
 pub fn check(folders: &[PathBuf]) -> Outcome<String> {
     let mut command = runtime::python("python/run_onnx.py")?;

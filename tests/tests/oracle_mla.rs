@@ -1,6 +1,6 @@
 //! MLA checkpoints, exported and run in ONNX Runtime, compute what the definition of the form says:
 //! exact ones give transformers' logits of their source, any other those of the float64 reference.
-//! Prefill is expanded and decode absorbed, and each form alone does both.
+//! Prefill is expanded and decode absorbed, and each form alone does both; `mlac::LatentAttention` does both over a cache in place.
 
 use std::path::{Path, PathBuf};
 
@@ -29,7 +29,7 @@ fn exact_mla_checkpoints_decode_as_transformers() {
         let expected: Vec<f64> = model.io.logits.iter().map(|&x| f64::from(x)).collect();
         check_forms(&mut cases, model, checkpoint, &expected);
     }
-    cases.finish(7 * MODELS);
+    cases.finish(10 * MODELS);
 }
 
 #[test]
@@ -51,7 +51,7 @@ fn any_mla_checkpoint_decodes_as_the_reference() {
     for ((model, checkpoint), answer) in models.iter().zip(&places).zip(&answers) {
         check_forms(&mut cases, model, checkpoint, &answer.logits);
     }
-    cases.finish(7 * MODELS);
+    cases.finish(10 * MODELS);
 }
 
 /// The MLA checkpoint of each model.
@@ -84,6 +84,14 @@ fn check_forms(cases: &mut Cases, model: &Fixture, place: &Path, expected: &[f64
         dtype: DType::F16,
         ..standard()
     };
+    let operator = DecoderOptions {
+        runtime: Runtime::OnnxRuntime,
+        ..standard()
+    };
+    let operator_f16 = DecoderOptions {
+        dtype: DType::F16,
+        ..operator
+    };
     let mut run = |name: &str, options: DecoderOptions, both: bool, pieces: &[usize]| {
         let tolerance = if options.dtype == DType::F16 {
             F16_TOLERANCE
@@ -111,4 +119,7 @@ fn check_forms(cases: &mut Cases, model: &Fixture, place: &Path, expected: &[f64
     run("absorbed, cache by rows", rows, false, &STEPWISE);
     run("for TensorRT", fused, true, &STEPWISE);
     run("f16", f16, true, &STEPWISE);
+    run("LatentAttention", operator, false, &STEPWISE);
+    run("LatentAttention in pieces", operator, false, &PIECES);
+    run("LatentAttention f16", operator_f16, false, &STEPWISE);
 }

@@ -78,6 +78,8 @@ pub(super) struct CachePort {
     sizes: Vec<usize>,
     /// Most tokens held.
     window: Option<usize>,
+    /// Whether the graph keeps it in place: `[batch, capacity, width]`, with a window a ring.
+    pub(super) in_place: bool,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -142,6 +144,7 @@ pub(super) fn ports(session: &OrtSession) -> Result<Vec<CachePort>> {
             element: port.element,
             sizes: sizes(session, port, part)?,
             window: port.dims[part.past_axis()].window(),
+            in_place: port.dims[part.past_axis()].is_capacity(),
         });
     }
     if found.is_empty() {
@@ -186,10 +189,39 @@ fn refusal(session: &OrtSession, port: &Port, expected: String, found: &str) -> 
     )
 }
 
+/// Rows by which a cache that is kept in place grows at least.
+const ROOM_STEP: usize = 64;
+
 impl CachePort {
     /// A cache without tokens.
     pub(super) fn empty(&self, batch: usize) -> Result<Value> {
         self.zeros(batch, 0)
+    }
+
+    /// Makes a cache that is kept in place large enough for a sequence of `context` tokens. It grows by doubling, so
+    /// that few steps copy it.
+    pub(super) fn make_room(&self, value: &mut Value, context: usize) -> Result<()> {
+        let capacity = value.shape()[self.part.past_axis()];
+        if !self.in_place || self.held(context) <= capacity {
+            return Ok(());
+        }
+        let wanted = context.max(2 * capacity).next_multiple_of(ROOM_STEP);
+        *value = value.with_rows(self.held(wanted))?;
+        Ok(())
+    }
+
+    /// Bytes of the tokens held of a sequence of `context` tokens.
+    pub(super) fn bytes(&self, value: &Value, context: usize) -> usize {
+        if !self.in_place {
+            return value.bytes();
+        }
+        let batch = value.shape()[0];
+        batch * self.held(context) * self.sizes.iter().product::<usize>() * self.element.bytes()
+    }
+
+    /// Whether a step that ends at `context` tokens overwrites rows.
+    pub(super) fn overwrites(&self, context: usize) -> bool {
+        self.in_place && self.window.is_some_and(|window| window < context)
     }
 
     /// Tokens held of a sequence of `context` tokens.
@@ -202,6 +234,9 @@ impl CachePort {
         let mut shape = vec![batch];
         shape.extend(&self.sizes);
         shape.insert(self.part.past_axis(), self.held(context));
+        if self.in_place {
+            return Value::room(self.element, &shape);
+        }
         Value::new(HostTensor::zeros(self.element, shape))
     }
 
@@ -269,6 +304,25 @@ pub fn cache_layouts<'a>(inputs: impl Iterator<Item = (&'a str, &'a [Dim])>) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rings_and_caches_in_place_are_told_from_growing_ones() {
+        for (axis, window, in_place) in [
+            ("past", None, false),
+            ("past_w128", Some(128), false),
+            ("capacity", None, true),
+            ("capacity_w64", Some(64), true),
+            ("capacity_wx", None, true),
+        ] {
+            let dim = Dim::Dynamic(axis.into());
+            assert_eq!(
+                (dim.window(), dim.is_capacity()),
+                (window, in_place),
+                "{axis}"
+            );
+        }
+        assert!(!Dim::Fixed(3).is_capacity());
+    }
 
     #[test]
     fn only_cache_inputs_are_taken() {

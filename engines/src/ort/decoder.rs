@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use mlac_model::Refusal;
 
 use super::cache::{self, CacheLayout, CachePort};
-use super::session::{OrtSession, SessionOptions};
+use super::session::{Kept, OrtSession, SessionOptions};
 use super::tensor::{Element, HostTensor, Value};
 use crate::error::Result;
 
@@ -140,9 +140,12 @@ impl Decoder {
         self.prefill = None;
     }
 
-    /// Bytes that the cache's tensors hold now, from their actual shapes.
+    /// Bytes that the cached tokens take, from the tensors' actual shapes. A cache that is kept in place has room for more tokens.
     pub fn cache_bytes(&self) -> usize {
-        self.held.iter().map(Value::bytes).sum()
+        let caches = self.caches.iter().zip(&self.held);
+        caches
+            .map(|(port, value)| port.bytes(value, self.past))
+            .sum()
     }
 
     /// Bytes of cache per token and sequence, measured from the tensors that the graph returned;
@@ -171,18 +174,41 @@ impl Decoder {
     ///
     /// # Errors
     /// When the sequences differ in length or number, or the runtime fails; the cache is then as
-    /// it was before.
+    /// it was before. If the runtime fails after it overwrote rows of a ring, all tokens are forgotten.
     pub fn append(&mut self, ids: &[&[i64]]) -> Result<Logits> {
         let (batch, seq) = self.check_ids(ids)?;
         let fresh = self.held.is_empty();
-        let held: Vec<Value> = if fresh {
+        let mut held: Vec<Value> = if fresh {
             self.caches
                 .iter()
                 .map(|port| port.empty(batch))
                 .collect::<Result<_>>()?
         } else {
-            self.held.clone()
+            std::mem::take(&mut self.held)
         };
+        let result = self.run(ids, batch, seq, fresh, &mut held);
+        // Without a result the tokens before are still there, in tensors that nobody replaced.
+        if result.is_ok() || !fresh {
+            self.held = held;
+        }
+        if result.is_ok() {
+            self.batch = batch;
+            self.past += seq;
+        } else if self.caches.iter().any(|p| p.overwrites(self.past + seq)) {
+            self.reset();
+        }
+        result
+    }
+
+    /// Runs the graph on new tokens over `held`, which it brings up to date.
+    fn run(
+        &mut self,
+        ids: &[&[i64]],
+        batch: usize,
+        seq: usize,
+        fresh: bool,
+        held: &mut [Value],
+    ) -> Result<Logits> {
         if seq > 1
             && self.prefill.is_none()
             && let Some(file) = &self.prefill_file
@@ -218,24 +244,39 @@ impl Decoder {
                 Value::new(HostTensor::i64([batch, total], vec![1; batch * total]))?,
             ),
         ];
-        let inputs: Vec<(&str, &Value)> = fixed
-            .iter()
-            .map(|(name, value)| (*name, value))
-            .chain(
-                self.caches
-                    .iter()
-                    .zip(&held)
-                    .map(|(port, value)| (port.input.as_str(), value)),
-            )
-            .filter(|(name, _)| session.input(name).is_some())
-            .collect();
-        let results = session.run(&inputs)?;
+        for (port, value) in self.caches.iter().zip(held.iter_mut()) {
+            port.make_room(value, total)?;
+        }
+        let mut inputs: Vec<(&str, &Value)> =
+            fixed.iter().map(|(name, value)| (*name, value)).collect();
+        let mut kept = Vec::new();
+        let mut replaced = Vec::new();
+        for (port, value) in self.caches.iter().zip(held.iter_mut()) {
+            if port.in_place {
+                kept.push(Kept {
+                    input: &port.input,
+                    output: &port.output,
+                    value,
+                });
+            } else {
+                inputs.push((&port.input, &*value));
+                replaced.push(port);
+            }
+        }
+        inputs.retain(|(name, _)| session.input(name).is_some());
+        let results = if kept.is_empty() {
+            session.run(&inputs)?
+        } else {
+            session.run_in_place(&inputs, &mut kept)?
+        };
         drop(inputs);
 
+        let is_kept = |name: &str| kept.iter().any(|kept| kept.output == name);
         let names: Vec<&str> = session
             .outputs()
             .iter()
             .map(|port| port.name.as_str())
+            .filter(|name| !is_kept(name))
             .collect();
         let take = |name: &str| -> Result<Value> {
             names
@@ -252,12 +293,11 @@ impl Decoder {
                     .into()
                 })
         };
-        let next: Vec<Value> = self
-            .caches
+        let next: Vec<Value> = replaced
             .iter()
             .map(|port| take(&port.output))
             .collect::<Result<_>>()?;
-        for (port, value) in self.caches.iter().zip(&next) {
+        for (port, value) in replaced.iter().zip(&next) {
             if port.tokens(value) != port.held(total) || value.shape().first() != Some(&batch) {
                 return Err(Refusal::new(
                     format!("{}: output {}", session.subject(), port.output),
@@ -269,9 +309,15 @@ impl Decoder {
             }
         }
         let value = take("logits")?;
-        self.held = next;
-        self.batch = batch;
-        self.past = total;
+        drop(kept);
+        let places = self
+            .caches
+            .iter()
+            .zip(held)
+            .filter(|(port, _)| !port.in_place);
+        for ((_, place), value) in places.zip(next) {
+            *place = value;
+        }
         Ok(Logits { value })
     }
 

@@ -3,11 +3,12 @@
 mod cache;
 mod decoder;
 mod library;
+mod operators;
 mod session;
 mod tensor;
 
 pub use cache::{CacheKind, CacheLayout, cache_layouts, cached_numbers};
 pub use decoder::{Decoder, Logits};
 pub use library::{OrtLibrary, load, load_from};
-pub use session::{Dim, Optimization, OrtSession, Port, SessionOptions};
+pub use session::{Dim, Kept, Optimization, OrtSession, Port, SessionOptions};
 pub use tensor::{Element, HostData, HostTensor, Value};

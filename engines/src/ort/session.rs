@@ -3,12 +3,14 @@
 use std::path::Path;
 
 use mlac_model::Refusal;
+use ort::memory::{AllocationDevice, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::builder::{GraphOptimizationLevel, SessionBuilder};
-use ort::session::{Session, SessionInputValue};
+use ort::session::{Session, SessionInputValue, SessionOutputs};
 use ort::value::{Outlet, ValueType};
 use serde::Serialize;
 
 use super::library::{OrtLibrary, load};
+use super::operators;
 use super::tensor::{Element, Value};
 use crate::error::{EngineError, Result};
 
@@ -75,6 +77,10 @@ impl SessionOptions {
 /// What the name of an axis begins with that holds the cached tokens of a sliding window; the
 /// window follows.
 const WINDOW_AXIS: &str = "past_w";
+/// The same of a cache that is kept in place, a ring.
+const RING_AXIS: &str = "capacity_w";
+/// What the name of the axis begins with that holds the rows of a cache that is kept in place.
+const CAPACITY_AXIS: &str = "capacity";
 
 /// Size of one axis of an input or output.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
@@ -99,8 +105,17 @@ impl Dim {
     pub fn window(&self) -> Option<usize> {
         match self {
             Self::Fixed(_) => None,
-            Self::Dynamic(name) => name.strip_prefix(WINDOW_AXIS)?.parse().ok(),
+            Self::Dynamic(name) => name
+                .strip_prefix(WINDOW_AXIS)
+                .or_else(|| name.strip_prefix(RING_AXIS))?
+                .parse()
+                .ok(),
         }
+    }
+
+    /// Whether the axis holds the rows of a cache that is kept in place.
+    pub fn is_capacity(&self) -> bool {
+        matches!(self, Self::Dynamic(name) if name.starts_with(CAPACITY_AXIS))
     }
 }
 
@@ -113,6 +128,16 @@ pub struct Port {
     pub element: Element,
     /// Its axes, outermost first.
     pub dims: Vec<Dim>,
+}
+
+/// A tensor that is an input and an output of a model at once.
+pub struct Kept<'a> {
+    /// The input.
+    pub input: &'a str,
+    /// The output.
+    pub output: &'a str,
+    /// Made by [`Value::room`], and held by nobody else.
+    pub value: &'a mut Value,
 }
 
 /// A model that ONNX Runtime has loaded.
@@ -207,14 +232,66 @@ impl OrtSession {
             .map_err(EngineError::ort(&self.subject, "run"))?;
         self.outputs
             .iter()
-            .map(|port| match results.remove(&port.name) {
-                Some(value) => Value::from_runtime(&self.subject, &port.name, value),
-                None => Err(EngineError::OnnxRuntime {
-                    subject: self.subject.clone(),
-                    action: "run",
-                    message: format!("it gave no output {}", port.name),
-                }),
-            })
+            .map(|port| take(&self.subject, &mut results, port))
+            .collect()
+    }
+
+    /// Runs the model with tensors that it changes in place. `inputs` are all others by name; every output but theirs, in
+    /// the order of [`outputs`](Self::outputs).
+    ///
+    /// # Errors
+    /// When an input does not fit, a kept tensor is shared or not of [`Value::room`], or the runtime fails: the kept tensors may then
+    /// be changed.
+    pub fn run_in_place(
+        &mut self,
+        inputs: &[(&str, &Value)],
+        kept: &mut [Kept<'_>],
+    ) -> Result<Vec<Value>> {
+        {
+            let all: Vec<(&str, &Value)> = inputs
+                .iter()
+                .copied()
+                .chain(kept.iter().map(|kept| (kept.input, &*kept.value)))
+                .collect();
+            self.check(&all)?;
+        }
+        let failed = || EngineError::ort(&self.subject, "bind its tensors");
+        let mut binding = self.session.create_binding().map_err(failed())?;
+        for (name, value) in inputs {
+            binding
+                .bind_input(*name, value.runtime())
+                .map_err(failed())?;
+        }
+        for kept in kept.iter_mut() {
+            binding
+                .bind_input(kept.input, kept.value.runtime())
+                .map_err(failed())?;
+            let value = kept.value.runtime_mut(&self.subject, kept.output)?;
+            binding
+                .bind_output(kept.output, value.view_mut())
+                .map_err(failed())?;
+        }
+        let made = MemoryInfo::new(
+            AllocationDevice::CPU,
+            0,
+            AllocatorType::Device,
+            MemoryType::Default,
+        )
+        .map_err(failed())?;
+        let is_kept = |port: &Port| kept.iter().any(|kept| kept.output == port.name);
+        let others: Vec<&Port> = self.outputs.iter().filter(|port| !is_kept(port)).collect();
+        for port in &others {
+            binding
+                .bind_output_to_device(port.name.as_str(), &made)
+                .map_err(failed())?;
+        }
+        let mut results = self
+            .session
+            .run_binding(&binding)
+            .map_err(EngineError::ort(&self.subject, "run"))?;
+        others
+            .iter()
+            .map(|port| take(&self.subject, &mut results, port))
             .collect()
     }
 
@@ -259,6 +336,18 @@ impl OrtSession {
             .into()),
             None => Ok(()),
         }
+    }
+}
+
+/// An output of a run.
+fn take(subject: &str, results: &mut SessionOutputs<'_>, port: &Port) -> Result<Value> {
+    match results.remove(&port.name) {
+        Some(value) => Value::from_runtime(subject, &port.name, value),
+        None => Err(EngineError::OnnxRuntime {
+            subject: subject.to_owned(),
+            action: "run",
+            message: format!("it gave no output {}", port.name),
+        }),
     }
 }
 
@@ -322,7 +411,7 @@ fn builder(
         Optimization::Basic => GraphOptimizationLevel::Level1,
         Optimization::All => GraphOptimizationLevel::All,
     };
-    Session::builder(&library.environment)
+    let mut builder = Session::builder(&library.environment)
         .map_err(|error| error.to_string())?
         .with_no_environment_execution_providers()
         .map_err(say)?
@@ -342,5 +431,7 @@ fn builder(
         .with_memory_pattern(false)
         .map_err(say)?
         .with_log_level(ort::logging::LogLevel::Fatal)
-        .map_err(say)
+        .map_err(say)?;
+    operators::add(&mut builder)?;
+    Ok(builder)
 }

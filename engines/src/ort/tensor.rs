@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use half::f16;
 use mlac_model::Refusal;
+use ort::memory::Allocator;
 use ort::value::{DynValue, Tensor, TensorElementType, ValueType};
 
 use crate::error::{EngineError, Result};
@@ -151,6 +152,69 @@ impl Value {
         })
     }
 
+    /// Zeros in the runtime's own memory: what a model can change in place
+    /// ([`OrtSession::run_in_place`](super::OrtSession::run_in_place)).
+    pub fn room(element: Element, shape: &[usize]) -> Result<Self> {
+        let allocator = Allocator::default();
+        let subject = format!("tensor of shape {shape:?}");
+        let dims: Vec<i64> = shape.iter().map(|&n| n as i64).collect();
+        let made = match element {
+            Element::F32 => zeroed::<f32>(&allocator, dims),
+            Element::F16 => zeroed::<f16>(&allocator, dims),
+            Element::I64 => zeroed::<i64>(&allocator, dims),
+        };
+        Ok(Self {
+            inner: Arc::new(made.map_err(EngineError::ort(&subject, "allocate"))?),
+            element,
+            shape: shape.to_vec(),
+        })
+    }
+
+    /// A copy in the runtime's own memory, which a model can change in place.
+    pub fn changeable(&self) -> Result<Self> {
+        let mut copy = Self::room(self.element, &self.shape)?;
+        let count = self.shape.iter().product();
+        copy.copy_rows_of(self, count, count)?;
+        Ok(copy)
+    }
+
+    /// A tensor of [`room`](Self::room) with another size of axis 1, which begins with the first rows of this one.
+    pub(super) fn with_rows(&self, rows: usize) -> Result<Self> {
+        let mut shape = self.shape.clone();
+        let old = std::mem::replace(&mut shape[1], rows);
+        let mut grown = Self::room(self.element, &shape)?;
+        let width = shape[2..].iter().product::<usize>();
+        grown.copy_rows_of(self, old * width, rows * width)?;
+        Ok(grown)
+    }
+
+    /// Copies every `old` numbers of `from` to where there is room for `new`, the smaller of both.
+    fn copy_rows_of(&mut self, from: &Self, old: usize, new: usize) -> Result<()> {
+        let to = self.runtime_mut("tensor", "copy")?;
+        match from.element {
+            Element::F32 => copy_rows(from.as_f32(), to, old, new),
+            Element::F16 => copy_rows(from.as_f16(), to, old, new),
+            Element::I64 => copy_rows(from.as_i64(), to, old, new),
+        }
+        .map_err(EngineError::ort("tensor", "copy"))
+    }
+
+    /// The tensor to change.
+    ///
+    /// # Errors
+    /// When it is shared: somebody would see it change.
+    pub(super) fn runtime_mut(&mut self, subject: &str, name: &str) -> Result<&mut DynValue> {
+        Arc::get_mut(&mut self.inner).ok_or_else(|| {
+            Refusal::new(
+                format!("{subject}: {name}"),
+                "a tensor that nobody else holds, to be changed in place",
+                "one that is shared",
+                "drop its clones before the run",
+            )
+            .into()
+        })
+    }
+
     /// Takes an output of the runtime.
     pub(super) fn from_runtime(subject: &str, name: &str, value: DynValue) -> Result<Self> {
         let (element, shape) = match value.dtype() {
@@ -238,6 +302,34 @@ impl Value {
     }
 }
 
+fn zeroed<T>(allocator: &Allocator, shape: Vec<i64>) -> ort::Result<DynValue>
+where
+    T: ort::value::PrimitiveTensorElementType + Default + Clone + std::fmt::Debug,
+{
+    let empty = shape.contains(&0);
+    let mut tensor = Tensor::<T>::new(allocator, shape)?;
+    if !empty {
+        tensor.extract_tensor_mut().1.fill(T::default());
+    }
+    Ok(tensor.into_dyn())
+}
+
+/// Copies `old` numbers of every sequence to where it has room for `new`, the smaller of both.
+fn copy_rows<T>(from: Option<&[T]>, to: &mut DynValue, old: usize, new: usize) -> ort::Result<()>
+where
+    T: ort::value::PrimitiveTensorElementType + Copy,
+{
+    let (Some(from), true) = (from, old.min(new) > 0) else {
+        return Ok(());
+    };
+    let (_, to) = to.try_extract_tensor_mut::<T>()?;
+    let count = old.min(new);
+    for (from, to) in from.chunks_exact(old).zip(to.chunks_exact_mut(new)) {
+        to[..count].copy_from_slice(&from[..count]);
+    }
+    Ok(())
+}
+
 impl TryFrom<HostTensor> for Value {
     type Error = EngineError;
 
@@ -264,6 +356,36 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn a_cache_grows_with_its_first_rows_in_every_sequence() {
+        crate::ort::load().unwrap();
+        let numbers: Vec<f32> = (0..12).map(|n| n as f32).collect();
+        let cache = Value::new(HostTensor::f32([2, 3, 2], numbers)).unwrap();
+        let grown = cache.with_rows(4).unwrap().to_host();
+        let expected = [
+            0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 0.0, 0.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0, 0.0, 0.0,
+        ];
+        assert_eq!(grown, HostTensor::f32([2, 4, 2], expected.to_vec()));
+        let cut = cache.with_rows(1).unwrap().to_host();
+        assert_eq!(cut, HostTensor::f32([2, 1, 2], vec![0.0, 1.0, 6.0, 7.0]));
+        let empty = Value::room(Element::F16, &[2, 0, 2]).unwrap();
+        assert_eq!(
+            empty.with_rows(1).unwrap().as_f16().unwrap(),
+            [f16::ZERO; 4]
+        );
+    }
+
+    #[test]
+    fn what_is_shared_is_not_changed_in_place() {
+        crate::ort::load().unwrap();
+        let mut value = Value::room(Element::F32, &[1, 2, 3]).unwrap();
+        let clone = value.clone();
+        let error = value.runtime_mut("step", "cache").err().unwrap();
+        assert!(error.to_string().contains("nobody else holds"), "{error}");
+        drop(clone);
+        assert!(value.runtime_mut("step", "cache").is_ok());
     }
 
     #[test]

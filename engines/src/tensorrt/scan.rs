@@ -20,7 +20,12 @@ pub struct Node {
     pub op_type: String,
     /// The node's name; may be empty.
     pub name: String,
+    /// Whether it has an attribute by which TensorRT's parser looks for a plugin.
+    pub plugin: bool,
 }
+
+/// The attributes by which TensorRT's parser tells plugins of one name apart.
+const PLUGIN_ATTRIBUTES: [&str; 2] = ["plugin_version", "plugin_namespace"];
 
 /// Graphs nested in attributes of nodes nested in graphs: real files have two or three levels.
 const MAX_DEPTH: usize = 32;
@@ -51,6 +56,7 @@ pub fn nodes(path: &Path) -> Result<Vec<Node>> {
 /// TensorRT has registered by itself.
 pub(super) fn check(path: &Path, plugins: &[String]) -> Result<()> {
     let foreign = |node: &&Node| match node.domain.as_str() {
+        _ if node.plugin => true,
         "" | "ai.onnx" => plugins.contains(&node.op_type),
         "com.microsoft" => !MICROSOFT.contains(&node.op_type.as_str()),
         _ => true,
@@ -71,7 +77,7 @@ pub(super) fn check(path: &Path, plugins: &[String]) -> Result<()> {
         path.display().to_string(),
         "ONNX's own operators: TensorRT for RTX takes no plugins",
         format!("{count} nodes of {}", bad.join(", ")),
-        "export for TensorRT (standard operators)",
+        "export with --tensorrt: standard operators. The form with plugins is for enterprise TensorRT",
     )
     .into())
 }
@@ -197,13 +203,14 @@ fn graph(bytes: &[u8], found: &mut Vec<Node>, depth: usize) -> Walk {
     })
 }
 
-/// NodeProto: name = 3, op_type = 4, attribute = 5, domain = 7. AttributeProto: g = 6, graphs = 11.
+/// NodeProto: name = 3, op_type = 4, attribute = 5, domain = 7. AttributeProto: name = 1, g = 6, graphs = 11.
 fn node(bytes: &[u8], found: &mut Vec<Node>, depth: usize) -> Walk {
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
     let mut this = Node {
         domain: String::new(),
         op_type: String::new(),
         name: String::new(),
+        plugin: false,
     };
     let at = found.len();
     fields(bytes, |number, bytes| {
@@ -213,6 +220,10 @@ fn node(bytes: &[u8], found: &mut Vec<Node>, depth: usize) -> Walk {
             7 => this.domain = text(bytes),
             5 => {
                 return fields(bytes, |number, bytes| match number {
+                    1 => {
+                        this.plugin |= PLUGIN_ATTRIBUTES.iter().any(|a| a.as_bytes() == bytes);
+                        Ok(())
+                    }
                     6 | 11 => graph(bytes, found, depth + 1),
                     _ => Ok(()),
                 });
@@ -286,6 +297,36 @@ mod tests {
                 "cut at {end} of {}",
                 whole.len()
             );
+        }
+    }
+
+    #[test]
+    fn a_plugin_is_refused_in_any_domain() {
+        // A field of up to 127 bytes.
+        let field = |number: u8, bytes: &[u8]| {
+            let mut out = vec![number << 3 | 2, bytes.len() as u8];
+            out.extend(bytes);
+            out
+        };
+        let file = |attribute: &str| {
+            let attribute = field(5, &field(1, attribute.as_bytes()));
+            let node = [field(4, b"LatentAttention"), attribute].concat();
+            field(7, &field(1, &node))
+        };
+        let scratch = tempfile::tempdir().unwrap();
+        let path = scratch.path().join("plugin.onnx");
+        for (attribute, refused) in [
+            ("plugin_version", true),
+            ("plugin_namespace", true),
+            ("plugin_versions", false),
+        ] {
+            fs::write(&path, file(attribute)).unwrap();
+            let result = check(&path, &[]);
+            assert_eq!(result.is_err(), refused, "{attribute}");
+            if let Err(error) = result {
+                let error = error.to_string();
+                assert!(error.contains("1 nodes of ::LatentAttention"), "{error}");
+            }
         }
     }
 

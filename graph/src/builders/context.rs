@@ -43,6 +43,24 @@ pub enum Runtime {
     /// `TensorRT`: attention through the `Attention` operator where it can be fused (f16, heads
     /// of a multiple of 8 and at most 256 numbers), rotation in primitives, no operator outside ONNX's own domain.
     TensorRt,
+    /// ONNX Runtime with mlac's library of operators: MLA layers are `mlac::LatentAttention` over a cache of fixed capacity
+    /// that is kept in place, for prompts and steps alike.
+    OnnxRuntime,
+    /// Enterprise `TensorRT` with mlac's plugin: as [`Runtime::TensorRt`], but MLA layers are the plugin `LatentAttention`.
+    /// `TensorRT` for RTX has no plugins and must not be given such a graph.
+    TensorRtPlugin,
+}
+
+impl Runtime {
+    /// Whether MLA layers are `mlac::LatentAttention`.
+    pub fn has_latent_attention(self) -> bool {
+        matches!(self, Self::OnnxRuntime | Self::TensorRtPlugin)
+    }
+
+    /// Whether a `TensorRT` runs the graph.
+    pub fn is_tensorrt(self) -> bool {
+        matches!(self, Self::TensorRt | Self::TensorRtPlugin)
+    }
 }
 
 /// Which side of the score product the cache is on in the absorbed form.
@@ -86,6 +104,14 @@ impl Axes {
         }
     }
 
+    /// Rows of a layer's cache that is kept in place: with a window a ring of at least that many.
+    pub(super) fn capacity(window: Option<usize>) -> Dim {
+        match window {
+            Some(window) => Dim::symbol(&format!("capacity_w{window}")),
+            None => "capacity".into(),
+        }
+    }
+
     /// Cached and new rows of a layer.
     pub(super) fn rows(&self, window: Option<usize>) -> Dim {
         &self.cached(window) + &self.seq
@@ -112,6 +138,8 @@ pub(super) struct Context<'a> {
     pub(super) fp4_quads: Option<ValueId>,
     /// Lengths as `GroupQueryAttention` wants them, by window: i32 `[batch]` and i32 scalar.
     pub(super) lengths: BTreeMap<Option<usize>, (ValueId, ValueId)>,
+    /// Cached tokens of every sequence as `LatentAttention` wants them, i32 `[batch]`.
+    pub(super) past_lengths: Option<ValueId>,
 }
 
 impl<'a> Context<'a> {
@@ -132,6 +160,7 @@ impl<'a> Context<'a> {
             positions_f32: None,
             fp4_quads: None,
             lengths: BTreeMap::new(),
+            past_lengths: None,
         }
     }
 
@@ -143,16 +172,17 @@ impl<'a> Context<'a> {
     /// put in front of the whole cache in every step; so layers with sinks use products and a softmax.
     pub(super) fn fuses(&self, width: usize) -> bool {
         !self.cfg.sinks
-            && self.runtime == Runtime::TensorRt
+            && self.runtime.is_tensorrt()
             && self.dtype == DType::F16
             && width <= LARGEST_FUSED_HEAD
             && width.is_multiple_of(8)
     }
 
     pub(super) fn rotary_form(&self) -> RotaryForm {
-        match self.runtime {
-            Runtime::Standard => RotaryForm::Operator,
-            Runtime::TensorRt => RotaryForm::Primitives,
+        if self.runtime.is_tensorrt() {
+            RotaryForm::Primitives
+        } else {
+            RotaryForm::Operator
         }
     }
 

@@ -17,7 +17,7 @@ use crate::{
     error::{Error, NodeError},
     ir::{DType, GraphBuilder, ValueId},
     onnx::WeightSource,
-    validate::ValidGraph,
+    validate::{PAST_LENGTHS, ValidGraph},
 };
 
 /// What kind of decoder graph is wanted.
@@ -57,6 +57,11 @@ impl Default for DecoderOptions {
 /// Outputs: `logits` `[batch, seq, vocab]`, then per layer `present.{i}.key`, `present.{i}.value`
 /// `[batch, G, kept, d]`, or `present_latent.{i}` `[batch, kept, r+d_r]`.
 /// Caches and logits have the type of the model.
+///
+/// With [`Runtime::has_latent_attention`] the cache of a converted layer is `past_latent.{i}` `[batch, capacity, r+d_r]`, with a
+/// window `[batch, capacity_w{W}, r+d_r]`, and `present_latent.{i}` has the same shape: bind both to one buffer. Its rows are those of
+/// `docs/latent-attention.md`; `past` is what `attention_mask` has more columns than `input_ids`. For
+/// [`Runtime::TensorRtPlugin`] `past_lengths` i32 `[batch]` stands in the place of `attention_mask`: there is no padding.
 ///
 /// `past` is the number of tokens seen so far. Without a window a layer has cached them all: `cached` is
 /// `past`, `kept` is `past+seq`. With a window W it has cached the last ones: `cached` is `past_w{W}`,
@@ -103,7 +108,7 @@ fn check_options(cfg: &ModelConfig, options: DecoderOptions) -> Result<(), Refus
     check::config(cfg)?;
     check::dtype(options.dtype)?;
     let operator = options.gqa_form == GqaForm::GroupQueryAttention;
-    if operator && options.runtime == Runtime::TensorRt {
+    if operator && options.runtime.is_tensorrt() {
         return Err(Refusal::new(
             "form of the GQA layers",
             "operators that TensorRT knows",
@@ -113,6 +118,22 @@ fn check_options(cfg: &ModelConfig, options: DecoderOptions) -> Result<(), Refus
     }
     if operator {
         check::operator_heads(cfg)?;
+    }
+    if options.runtime.has_latent_attention() && options.mla_form == MlaForm::Expanded {
+        return Err(Refusal::new(
+            "form of the MLA layers",
+            "absorbed: LatentAttention serves prompts and steps",
+            "expanded",
+            "write one decoder graph",
+        ));
+    }
+    if options.runtime == Runtime::TensorRtPlugin && options.dtype != DType::F16 {
+        return Err(Refusal::new(
+            "element type of a graph for TensorRT with the plugin LatentAttention",
+            "f16, which its kernels take",
+            options.dtype.to_string(),
+            "export with --dtype f16",
+        ));
     }
     Ok(())
 }
@@ -136,9 +157,14 @@ fn cached_inputs<'a>(
     let tokens = vec![axes.batch.clone(), axes.seq.clone()];
     let positions = b.input("position_ids", DType::I64, tokens);
     let slots = vec![axes.batch.clone(), axes.total()];
-    let mask = b.input("attention_mask", DType::I64, slots);
+    let lengths = vec![axes.batch.clone()];
     let mut cx = Context::new(cfg, options.dtype, axes, positions);
-    cx.attention_mask = Some(mask);
+    if options.runtime == Runtime::TensorRtPlugin {
+        // The kernels know lengths and no padding.
+        cx.past_lengths = Some(b.input(PAST_LENGTHS, DType::I32, lengths));
+    } else {
+        cx.attention_mask = Some(b.input("attention_mask", DType::I64, slots));
+    }
     cx.mla_form = options.mla_form;
     cx.gqa_form = options.gqa_form;
     cx.runtime = options.runtime;

@@ -98,9 +98,9 @@ pub(super) fn moe(
         let rows = b.reshape("tokens", x, &[tokens, sizes.hidden.into()])?;
         let routed = route(b, sizes, prefix, rows)?;
         let form = match (cx.runtime, cx.mla_form) {
-            (Runtime::Standard, _) => Form::Chosen,
-            (Runtime::TensorRt, MlaForm::Absorbed) => Form::Gathered,
-            (Runtime::TensorRt, MlaForm::Expanded) => Form::All,
+            (Runtime::Standard | Runtime::OnnxRuntime, _) => Form::Chosen,
+            (_, MlaForm::Absorbed) => Form::Gathered,
+            (_, MlaForm::Expanded) => Form::All,
         };
         let gate_up = projection(b, cx, sizes, form, prefix, "gate_up_proj", &sizes.gate_up());
         let down = projection(b, cx, sizes, form, prefix, "down_proj", &sizes.down());

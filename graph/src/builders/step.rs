@@ -4,7 +4,7 @@ use mlac_model::{ModelConfig, Refusal};
 
 use super::{
     attention, check,
-    context::{Axes, CacheProduct, Context, GqaForm, MlaForm},
+    context::{Axes, CacheProduct, Context, GqaForm, MlaForm, Runtime},
     decoder,
 };
 use crate::{
@@ -22,6 +22,8 @@ pub enum StepForm {
     GqaOperator,
     /// MLA in absorbed form.
     MlaAbsorbed,
+    /// MLA as `mlac::LatentAttention` over a cache `[batch, capacity, r+d_r]` that is kept in place.
+    MlaOperator,
 }
 
 impl StepForm {
@@ -31,6 +33,7 @@ impl StepForm {
             Self::GqaPrimitives => "gqa_primitives",
             Self::GqaOperator => "gqa_operator",
             Self::MlaAbsorbed => "mla_absorbed",
+            Self::MlaOperator => "mla_operator",
         }
     }
 }
@@ -50,7 +53,7 @@ pub struct StepOptions {
 /// output projection, without norms and MLP.
 ///
 /// Inputs: `hidden` `[batch, 1, D]`, `position_ids` i64 `[batch, 1]` and the caches of the layer under
-/// their names in the decoder, with `past` or `past_w{W}` dynamic. Outputs: `attn_out` `[batch, 1, D]` and the present
+/// their names in the decoder, with `past`, `past_w{W}` or `capacity` dynamic. Outputs: `attn_out` `[batch, 1, D]` and the present
 /// caches. No padding; the layer's window applies.
 pub fn step_graph(
     cfg: &ModelConfig,
@@ -61,7 +64,8 @@ pub fn step_graph(
     check::layer(cfg, layer)?;
     check::dtype(options.dtype)?;
     let is_mla = cfg.mla_layer(layer).is_some();
-    if is_mla != (options.form == StepForm::MlaAbsorbed) {
+    let wants_mla = matches!(options.form, StepForm::MlaAbsorbed | StepForm::MlaOperator);
+    if is_mla != wants_mla {
         return Err(Error::Refused(Refusal::new(
             format!("attention of layer {layer}"),
             if is_mla {
@@ -90,6 +94,12 @@ pub fn step_graph(
     if options.form == StepForm::GqaOperator {
         check::operator_heads(cfg)?;
         cx.gqa_form = GqaForm::GroupQueryAttention;
+    }
+    if options.form == StepForm::MlaOperator {
+        cx.runtime = Runtime::OnnxRuntime;
+        // Without padding a new token's position is the number of tokens before it.
+        let past = b.reshape("past", positions, &[cx.axes.batch.clone()])?;
+        cx.past_lengths = Some(b.cast("past_lengths", past, DType::I32)?);
     }
     let past = attention::past_inputs(&mut b, &cx, layer);
     let attended = decoder::attend(&mut b, &mut cx, layer, hidden, &past)?;

@@ -17,7 +17,7 @@ pub(crate) use builder::infer_node;
 pub use builder::{GraphBuilder, Run};
 pub use dim::Dim;
 pub use dtype::DType;
-pub use op::{Attribute, Binary, Compare, MICROSOFT_DOMAIN, Op, Unary};
+pub use op::{Attribute, Binary, Compare, MICROSOFT_DOMAIN, MLAC_DOMAIN, Op, Unary};
 pub use weight::{Initializer, InlineTensor, Transform, WeightRef};
 
 /// ONNX opset of every graph.

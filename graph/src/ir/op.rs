@@ -142,6 +142,20 @@ pub enum Op {
         /// Factor on the scores.
         scale: f32,
     },
+    /// `mlac::LatentAttention`, as `docs/latent-attention.md` specifies it: `query [batch, seq, H, r + d_r], new_rows
+    /// [batch, seq, r + d_r], cache [batch, capacity, r + d_r], past_lengths [batch] i32, -, sinks [H] f32, -, key_mask
+    /// [batch, slots] i64` (the last four optional; paged caches and tree masks are not built here) gives the sums
+    /// `[batch, seq, H, r]` and the cache with the new rows, in place where the caller binds it so.
+    LatentAttention {
+        /// `r`.
+        kv_lora_rank: usize,
+        /// Factor on the scores.
+        scale: f32,
+        /// How many positions a token sees, itself counted.
+        sliding_window: Option<usize>,
+        /// For `TensorRT`'s parser: a plugin, whose optional inputs are packed; bit `i` says that input `4 + i` is there.
+        plugin: Option<u8>,
+    },
 }
 
 /// Arithmetic of two tensors.
@@ -190,6 +204,9 @@ pub enum Unary {
 /// Microsoft's operator domain, known to ONNX Runtime only.
 pub const MICROSOFT_DOMAIN: &str = "com.microsoft";
 
+/// mlac's own operator domain, `docs/latent-attention.md`.
+pub const MLAC_DOMAIN: &str = "mlac";
+
 impl Op {
     /// ONNX's name of the operator.
     pub fn name(&self) -> &'static str {
@@ -237,6 +254,7 @@ impl Op {
             Self::RotaryEmbedding { .. } => "RotaryEmbedding",
             Self::Attention { .. } => "Attention",
             Self::GroupQueryAttention { .. } => "GroupQueryAttention",
+            Self::LatentAttention { .. } => "LatentAttention",
         }
     }
 
@@ -244,6 +262,7 @@ impl Op {
     pub fn domain(&self) -> &'static str {
         match self {
             Self::GroupQueryAttention { .. } => MICROSOFT_DOMAIN,
+            Self::LatentAttention { .. } => MLAC_DOMAIN,
             _ => "",
         }
     }
@@ -301,6 +320,27 @@ impl Op {
                 ("kv_num_heads", int(*kv_heads)),
                 ("scale", Attribute::Float(*scale)),
             ],
+            Self::LatentAttention {
+                kv_lora_rank,
+                scale,
+                sliding_window,
+                plugin,
+            } => {
+                let mut attributes = vec![
+                    ("kv_lora_rank", int(*kv_lora_rank)),
+                    ("scale", Attribute::Float(*scale)),
+                    ("sliding_window", int(sliding_window.unwrap_or(0))),
+                ];
+                if let Some(optional) = plugin {
+                    attributes.extend([
+                        ("plugin_version", Attribute::Text("1")),
+                        ("plugin_namespace", Attribute::Text(MLAC_DOMAIN)),
+                        ("optional_inputs", Attribute::Int(i64::from(*optional))),
+                        ("with_lse", int(0)),
+                    ]);
+                }
+                attributes
+            }
             _ => vec![],
         }
     }

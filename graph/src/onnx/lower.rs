@@ -138,15 +138,20 @@ fn loop_body<E>(
 
 fn node(node: &Node, prefix: &str, name: &dyn Fn(ValueId) -> String) -> NodeProto {
     let domain = node.op.domain();
+    // A plugin has no empty inputs: an attribute says which there are.
+    let packed = matches!(
+        node.op,
+        Op::LatentAttention {
+            plugin: Some(_),
+            ..
+        }
+    );
+    let inputs = node.inputs.iter().filter(|i| !packed || i.is_some());
     NodeProto {
         name: Some(format!("{prefix}{}", node.name)),
         op_type: Some(node.op.name().to_owned()),
         domain: (!domain.is_empty()).then(|| domain.to_owned()),
-        input: node
-            .inputs
-            .iter()
-            .map(|i| i.map_or_else(String::new, name))
-            .collect(),
+        input: inputs.map(|i| i.map_or_else(String::new, name)).collect(),
         output: node.outputs.iter().map(|&o| name(o)).collect(),
         attribute: node
             .op

@@ -191,6 +191,17 @@ pub enum GqaFormArg {
     Operator,
 }
 
+/// How converted layers are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum FormArg {
+    /// Standard operators: any runtime.
+    Standard,
+    /// `mlac::LatentAttention` over a cache in place: ONNX Runtime with `libmlac_ort.so`; mlac's own commands have it in themselves.
+    Ort,
+    /// The plugin `LatentAttention`: enterprise TensorRT, f16.
+    Tensorrt,
+}
+
 /// `mlac export`.
 #[derive(Debug, Args)]
 pub struct ExportArgs {
@@ -205,8 +216,11 @@ pub struct ExportArgs {
     /// Form of layers that are not converted.
     #[arg(long, value_enum, default_value_t = GqaFormArg::Primitives)]
     pub gqa_form: GqaFormArg,
-    /// Write the form for TensorRT: fused attention where it takes the shape.
-    #[arg(long)]
+    /// Form of the converted layers.
+    #[arg(long, value_enum, default_value_t = FormArg::Standard)]
+    pub form: FormArg,
+    /// Write standard operators for TensorRT for RTX: fused attention where it takes the shape.
+    #[arg(long, conflicts_with = "form")]
     pub tensorrt: bool,
 }
 

@@ -40,7 +40,7 @@ pub struct Exported {
 }
 
 /// Writes `output`: `decoder.onnx` (absorbed in MLA layers, right for any length), for an MLA model
-/// `prefill.onnx` (expanded heads) too, `decoder.onnx.data`, `config.json`, the tokenizer.
+/// `prefill.onnx` (expanded heads) too unless it is `mlac::LatentAttention` that serves both, `decoder.onnx.data`, `config.json`, the tokenizer.
 pub fn export(
     checkpoint: &Checkpoint,
     output: &Path,
@@ -92,12 +92,15 @@ fn graphs(
             product: CacheProduct::default(),
         };
         match options.runtime {
-            Runtime::Standard => decoder_graph_as_stored(config, &options, checkpoint),
-            Runtime::TensorRt => decoder_graph(config, &options),
+            Runtime::Standard | Runtime::OnnxRuntime => {
+                decoder_graph_as_stored(config, &options, checkpoint)
+            }
+            Runtime::TensorRt | Runtime::TensorRtPlugin => decoder_graph(config, &options),
         }
     };
     let mut graphs = vec![("decoder.onnx", graph(MlaForm::Absorbed)?)];
-    if config.mla.is_some() {
+    // LatentAttention serves prompts too.
+    if config.mla.is_some() && !options.runtime.has_latent_attention() {
         graphs.push(("prefill.onnx", graph(MlaForm::Expanded)?));
     }
     Ok(graphs)

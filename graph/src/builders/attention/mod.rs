@@ -1,10 +1,11 @@
 //! Self-attention of one layer, from the normed input to the output projection.
 
 pub(super) mod gqa;
+mod latent;
 pub(super) mod mla;
 mod softmax;
 
-use super::context::Context;
+use super::context::{Axes, Context};
 use crate::{
     error::NodeError,
     ir::{DType, Dim, GraphBuilder, Transform, ValueId, WeightRef},
@@ -90,9 +91,15 @@ pub(super) fn heads_width(cx: &Context<'_>, layer: usize) -> usize {
 
 /// Declares the cache inputs of a layer in the order of their use.
 pub(super) fn past_inputs(b: &mut GraphBuilder, cx: &Context<'_>, layer: usize) -> Vec<ValueId> {
-    let past = cx.axes.cached(cx.cfg.sliding_window[layer]);
+    let window = cx.cfg.sliding_window[layer];
+    let past = cx.axes.cached(window);
     let batch = cx.axes.batch.clone();
     if let Some(shape) = cx.cfg.mla_layer(layer) {
+        let past = if cx.runtime.has_latent_attention() {
+            Axes::capacity(window)
+        } else {
+            past
+        };
         let name = super::past_latent_name(layer);
         return vec![b.input(
             &name,

@@ -4,6 +4,7 @@ mod attention;
 mod body;
 mod contraction;
 mod elementwise;
+mod latent;
 mod shape;
 
 use super::{DType, Dim, Op, TensorType};
@@ -89,6 +90,12 @@ pub(crate) fn infer(op: &Op, inputs: &[Option<Given<'_>>]) -> Result<Vec<Inferre
         Op::GroupQueryAttention {
             heads, kv_heads, ..
         } => attention::group_query(*heads, *kv_heads, args),
+        Op::LatentAttention {
+            kv_lora_rank,
+            scale,
+            sliding_window,
+            plugin,
+        } => latent::latent(*kv_lora_rank, *scale, *sliding_window, *plugin, args),
     }
 }
 

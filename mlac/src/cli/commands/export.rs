@@ -7,7 +7,7 @@ use mlac_graph::ir::DType;
 use mlac_model::{Checkpoint, Refusal};
 
 use super::Context;
-use crate::cli::args::{DtypeArg, ExportArgs, GqaFormArg};
+use crate::cli::args::{DtypeArg, ExportArgs, FormArg, GqaFormArg};
 use crate::cli::units::show_bytes;
 use crate::error::Error;
 use crate::pipeline::export::{ExportOptions, export};
@@ -30,10 +30,11 @@ pub(super) fn run(args: &ExportArgs, context: Context) -> Result<bool, Error> {
         GqaFormArg::Primitives => GqaForm::Primitives,
         GqaFormArg::Operator => GqaForm::GroupQueryAttention,
     };
-    let runtime = if args.tensorrt {
-        Runtime::TensorRt
-    } else {
-        Runtime::Standard
+    let runtime = match args.form {
+        _ if args.tensorrt => Runtime::TensorRt,
+        FormArg::Standard => Runtime::Standard,
+        FormArg::Ort => Runtime::OnnxRuntime,
+        FormArg::Tensorrt => Runtime::TensorRtPlugin,
     };
     let checkpoint = Checkpoint::open(&args.model)?;
     let exported = export(

@@ -1,0 +1,257 @@
+//! `mlac::LatentAttention` in graphs: the node, the forms that have it, what is refused, the lowering.
+
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    clippy::unwrap_used,
+    reason = "a test crate has no interface"
+)]
+
+mod common;
+
+use common::{converted, gpt_oss, llama, qwen2, qwen3};
+use mlac_graph::builders::{
+    DecoderOptions, MlaForm, Runtime, StepForm, StepOptions, decoder_graph, step_graph,
+};
+use mlac_graph::ir::{DType, GraphBuilder, MLAC_DOMAIN, Op};
+use mlac_graph::onnx::{MemoryWeights, to_bytes};
+use mlac_graph::passes::lower_latent_attention;
+use mlac_graph::{Error, ValidGraph};
+use mlac_model::{ExpertFormat, ModelConfig};
+
+fn form(runtime: Runtime, dtype: DType) -> DecoderOptions {
+    DecoderOptions {
+        runtime,
+        dtype,
+        ..DecoderOptions::default()
+    }
+}
+
+fn operators(graph: &ValidGraph) -> Vec<&Op> {
+    let nodes = graph.graph().nodes().map(|(_, node)| &node.op);
+    nodes
+        .filter(|op| matches!(op, Op::LatentAttention { .. }))
+        .collect()
+}
+
+fn type_of(graph: &ValidGraph, name: &str) -> String {
+    let graph = graph.graph();
+    let ty = graph.input_type(name).or_else(|| graph.output_type(name));
+    ty.map_or_else(|| format!("no {name}"), ToString::to_string)
+}
+
+#[test]
+fn the_form_for_onnx_runtime_keeps_caches_in_place() {
+    // Layer 0 has a window, layer 1 has none, layer 2 is not converted.
+    let cfg = converted(gpt_oss(3, ExpertFormat::Mxfp4), &[0, 1]);
+    let graph = decoder_graph(&cfg, &form(Runtime::OnnxRuntime, DType::F32)).unwrap();
+    let widths: Vec<usize> = (0..2)
+        .map(|layer| cfg.mla_layer(layer).unwrap().cache_width())
+        .collect();
+    let window = cfg.sliding_window[0].unwrap();
+    for part in ["past", "present"] {
+        assert_eq!(
+            type_of(&graph, &format!("{part}_latent.0")),
+            format!("f32[batch, capacity_w{window}, {}]", widths[0])
+        );
+        assert_eq!(
+            type_of(&graph, &format!("{part}_latent.1")),
+            format!("f32[batch, capacity, {}]", widths[1])
+        );
+    }
+    let found = operators(&graph);
+    assert_eq!(found.len(), 2);
+    for (op, expected) in found.into_iter().zip([Some(window), None]) {
+        let &Op::LatentAttention {
+            sliding_window,
+            plugin,
+            ..
+        } = op
+        else {
+            unreachable!()
+        };
+        assert_eq!((sliding_window, plugin), (expected, None));
+    }
+}
+
+#[test]
+fn one_length_serves_all_layers() {
+    let cfg = converted(llama(3), &[0, 1, 2]);
+    let graph = decoder_graph(&cfg, &form(Runtime::OnnxRuntime, DType::F32)).unwrap();
+    let lengths = graph.graph().nodes().filter(|(_, node)| {
+        matches!(node.op, Op::Cast { to: DType::I32 }) && node.name.starts_with("past_lengths")
+    });
+    assert_eq!(lengths.count(), 1);
+    assert_eq!(
+        graph.input_names()[..3],
+        ["input_ids", "position_ids", "attention_mask"]
+    );
+}
+
+#[test]
+fn the_form_for_plugins_packs_its_inputs() {
+    let cfg = converted(gpt_oss(2, ExpertFormat::Dense), &[1]);
+    let graph = decoder_graph(&cfg, &form(Runtime::TensorRtPlugin, DType::F16)).unwrap();
+    assert_eq!(type_of(&graph, "past_lengths"), "i32[batch]");
+    assert!(!graph.input_names().contains(&"attention_mask"));
+    let &Op::LatentAttention { plugin, .. } = operators(&graph)[0] else {
+        unreachable!()
+    };
+    assert_eq!(plugin, Some(2), "sinks and nothing else");
+    let attributes = operators(&graph)[0].attributes();
+    let names: Vec<&str> = attributes.iter().map(|(name, _)| *name).collect();
+    assert_eq!(
+        names,
+        [
+            "kv_lora_rank",
+            "scale",
+            "sliding_window",
+            "plugin_version",
+            "plugin_namespace",
+            "optional_inputs",
+            "with_lse"
+        ]
+    );
+}
+
+/// The written node of a plugin has no empty inputs; for ONNX Runtime the left-out ones are empty.
+#[test]
+fn left_out_inputs_are_empty_or_packed() {
+    let written = |plugin: Option<u8>| -> Vec<u8> {
+        let mut b = GraphBuilder::new("one");
+        let query = b.input(
+            "query",
+            DType::F16,
+            vec![1.into(), 1.into(), 2.into(), 6.into()],
+        );
+        let rows = b.input("rows", DType::F16, vec![1.into(), 1.into(), 6.into()]);
+        let cache = b.input("cache", DType::F16, vec![1.into(), 8.into(), 6.into()]);
+        let past = b.input("lengths", DType::I32, vec![1.into()]);
+        let sinks = b.input("sinks", DType::F32, vec![2.into()]);
+        let op = Op::LatentAttention {
+            kv_lora_rank: 4,
+            scale: 0.5,
+            sliding_window: None,
+            plugin,
+        };
+        let inputs = [
+            Some(query),
+            Some(rows),
+            Some(cache),
+            Some(past),
+            None,
+            Some(sinks),
+        ];
+        let out = b.apply("attention", op, &inputs).unwrap();
+        b.output("sums", out[0]);
+        b.output("cache_out", out[1]);
+        to_bytes(&b.finish().unwrap(), &MemoryWeights::new()).unwrap()
+    };
+    // NodeProto: input = 1, so a name is 0x0a, its length, its bytes.
+    let names = |middle: &[u8]| [b"\x0a\x07lengths", middle, b"\x0a\x05sinks"].concat();
+    let holds = |bytes: &[u8], part: &[u8]| bytes.windows(part.len()).any(|at| at == part);
+    assert!(holds(&written(None), &names(b"\x0a\x00")));
+    assert!(holds(&written(Some(2)), &names(b"")));
+    assert!(holds(&written(Some(2)), b"plugin_namespace"));
+    assert!(!holds(&written(None), b"plugin"));
+    assert!(holds(&written(None), MLAC_DOMAIN.as_bytes()));
+}
+
+#[test]
+fn what_the_operator_does_not_take_is_an_error_of_the_node() {
+    let node = |rank: usize, scale: f32, rows: usize, plugin: Option<u8>| -> String {
+        let mut b = GraphBuilder::new("one");
+        let query = b.input(
+            "query",
+            DType::F32,
+            vec!["n".into(), "t".into(), 2.into(), 6.into()],
+        );
+        let new = b.input(
+            "rows",
+            DType::F32,
+            vec!["n".into(), "t".into(), rows.into()],
+        );
+        let cache = b.input("cache", DType::F32, vec!["n".into(), "c".into(), 6.into()]);
+        let past = b.input("lengths", DType::I32, vec!["n".into()]);
+        let op = Op::LatentAttention {
+            kv_lora_rank: rank,
+            scale,
+            sliding_window: None,
+            plugin,
+        };
+        let inputs = [query, new, cache, past].map(Some);
+        match b.apply("attention", op, &inputs) {
+            Ok(out) => b.ty(out[0]).to_string() + " " + &b.ty(out[1]).to_string(),
+            Err(error) => error.to_string(),
+        }
+    };
+    assert_eq!(node(4, 0.5, 6, None), "f32[n, t, 2, 4] f32[n, c, 6]");
+    assert!(
+        node(7, 0.5, 6, None).contains("expected a query of 7"),
+        "{}",
+        node(7, 0.5, 6, None)
+    );
+    assert!(node(0, 0.5, 6, None).contains("at least 1"));
+    assert!(node(4, 0.0, 6, None).contains("a positive scale"));
+    assert!(node(4, 0.5, 5, None).contains("new rows of shape [n, t, 6]"));
+    assert!(node(4, 0.5, 6, Some(2)).contains("optional inputs 0 declared"));
+}
+
+#[test]
+fn forms_that_do_not_fit_are_refused() {
+    let refusal =
+        |options: DecoderOptions| match decoder_graph(&converted(llama(1), &[0]), &options) {
+            Err(Error::Refused(refusal)) => refusal.to_string(),
+            other => panic!("not refused: {other:?}"),
+        };
+    let expanded = DecoderOptions {
+        mla_form: MlaForm::Expanded,
+        ..form(Runtime::OnnxRuntime, DType::F32)
+    };
+    assert!(refusal(expanded).starts_with("form of the MLA layers: expected absorbed"));
+    let wide = form(Runtime::TensorRtPlugin, DType::F32);
+    assert!(refusal(wide).contains("expected f16, which its kernels take, found f32"));
+}
+
+#[test]
+fn the_lowering_leaves_standard_operators_and_the_same_interface() {
+    let configurations: [ModelConfig; 3] = [
+        converted(llama(2), &[1]),
+        converted(qwen3(2), &[0, 1]),
+        converted(gpt_oss(2, ExpertFormat::Dense), &[1]),
+    ];
+    for cfg in configurations {
+        for dtype in [DType::F32, DType::F16] {
+            let graph = decoder_graph(&cfg, &form(Runtime::OnnxRuntime, dtype)).unwrap();
+            let lowered = lower_latent_attention(&graph).unwrap();
+            assert!(!operators(&graph).is_empty());
+            assert!(operators(&lowered).is_empty());
+            assert_eq!(graph.input_names(), lowered.input_names());
+            assert_eq!(graph.output_names(), lowered.output_names());
+            for name in [graph.input_names(), graph.output_names()].concat() {
+                assert_eq!(type_of(&graph, name), type_of(&lowered, name), "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_lowering_of_a_window_is_refused() {
+    let cfg = converted(qwen2(2), &[0, 1]);
+    assert!(cfg.sliding_window.iter().any(Option::is_some));
+    let graph = decoder_graph(&cfg, &form(Runtime::OnnxRuntime, DType::F32)).unwrap();
+    let error = lower_latent_attention(&graph).unwrap_err().to_string();
+    assert!(error.contains("no sliding window"), "{error}");
+}
+
+#[test]
+fn a_step_by_the_operator() {
+    let options = StepOptions {
+        form: StepForm::MlaOperator,
+        dtype: DType::F32,
+        product: mlac_graph::builders::CacheProduct::default(),
+    };
+    let graph = step_graph(&converted(llama(1), &[0]), 0, &options).unwrap();
+    insta::assert_snapshot!(graph.graph().to_string());
+}
