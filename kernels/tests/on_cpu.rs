@@ -381,9 +381,8 @@ fn mistakes_in_the_sources_are_noticed() {
     let gqa = sinks(AttentionDesc::grouped(16, 2, 64, Arch::Sm80));
     let wgmma = sinks(AttentionDesc::grouped(16, 2, 64, Arch::Sm90a));
     let fp8 = e4m3(latent);
-    let exchanged = sinks(AttentionDesc::latent(16, 320, 16, Arch::Sm90a));
     let fp8_mma = e4m3(mma);
-    let edits: [(&str, AttentionDesc, Edit); 16] = [
+    let edits: [(&str, AttentionDesc, Edit); 14] = [
         (
             "a phase of the ring",
             latent,
@@ -475,24 +474,6 @@ fn mistakes_in_the_sources_are_noticed() {
             "codes widened to another power of two",
             fp8_mma,
             ("fp8.cuh", "0x5c005c00", "0x58005800"),
-        ),
-        (
-            "weights multiplied before the other warpgroup's are there",
-            exchanged,
-            (
-                "mla_sm90.cuh",
-                "  named_barrier<4, kConsumers>();",
-                "  warpgroup_barrier(ring.group);",
-            ),
-        ),
-        (
-            "maxima that the warpgroups do not exchange",
-            exchanged,
-            (
-                "mla_sm90.cuh",
-                "top[r] = fmaxf(tops_of_rows[row + 8 * r], tops_of_rows[64 + row + 8 * r]);",
-                "top[r] = tops_of_rows[ring.group * 64 + row + 8 * r];",
-            ),
         ),
         (
             "values beyond the request left as they are",
