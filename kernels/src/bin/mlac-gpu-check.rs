@@ -16,7 +16,7 @@ const HELP: &str = "\
 Checks mlac's attention kernels on this machine's GPU: parity with an f64 reference, then speed.
 It needs nothing but an NVIDIA driver for CUDA 13.0 or later.
 
-Usage: mlac-gpu-check [--device N] [--seed S] [--repeats N] [--json FILE] [--peers FOLDER]
+Usage: mlac-gpu-check [--device N] [--seed S] [--repeats N] [--json FILE] [--peers FOLDER] [--parity-only]
        mlac-gpu-check --self-test
        mlac-gpu-check --pack FOLDER [--arch sm_90a,sm_80]
 
@@ -26,6 +26,7 @@ Usage: mlac-gpu-check [--device N] [--seed S] [--repeats N] [--json FILE] [--pee
   --json FILE    where the results go (gpu-check.json beside the program); the picture beside it, .svg
   --peers FOLDER run FlashMLA and FlashAttention-3 too: FOLDER is what fetch_peers.py made where there is a
                  network; needs a Python with PyTorch 2.11 (python3, or MLAC_PYTHON)
+  --parity-only  one short comparison of each kernel, nothing else, nothing written
   --self-test    check the folder on the CPU: digests, ELF headers, emulator parity
   --pack FOLDER  compile the kernels and fill a folder (needs `cargo xtask setup`)
   --arch LIST    architectures to pack (sm_90a)
@@ -57,6 +58,7 @@ fn parse() -> Result<Option<Arguments>, Refusal> {
                 .duration_since(std::time::UNIX_EPOCH)
                 .map_or(1, |t| t.as_nanos() as u64),
             repeats: 30,
+            parity_only: false,
             peers: None,
         },
     };
@@ -70,6 +72,7 @@ fn parse() -> Result<Option<Arguments>, Refusal> {
         match word.as_str() {
             "--help" | "-h" => return Ok(None),
             "--self-test" => arguments.self_test = true,
+            "--parity-only" => arguments.options.parity_only = true,
             "--pack" => arguments.pack = Some(value()?.into()),
             "--peers" => arguments.options.peers = Some(value()?.into()),
             "--json" => arguments.json = Some(value()?.into()),
@@ -132,6 +135,9 @@ fn go() -> Result<bool, KernelError> {
         return Ok(true);
     }
     let results = run(folder, &arguments.options, |line| println!("{line}"))?;
+    if arguments.options.parity_only {
+        return Ok(results.passed());
+    }
     println!("\n{}", results.table());
     let path = arguments
         .json

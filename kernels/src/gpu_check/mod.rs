@@ -8,12 +8,14 @@ mod parity;
 mod peers;
 mod results;
 mod run;
+mod sanitize;
 mod svg;
 
 pub use pack::{Pack, Packed, self_test};
 pub use peers::Peer;
 pub use results::{AppendParity, Bench, Parity, Results, Split};
 pub use run::{Options, run};
+pub use sanitize::Sanitized;
 
 use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype, Mask};
 use crate::{Arch, Result};

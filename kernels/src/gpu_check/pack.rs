@@ -19,7 +19,7 @@ use crate::toolchain::Toolchain;
 use crate::{Arch, Report};
 
 const LIST: &str = "pack.json";
-const PROGRAM: &str = "mlac-gpu-check";
+pub(super) const PROGRAM: &str = "mlac-gpu-check";
 
 /// What is in a folder.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]

@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 use serde::Serialize;
 
 use super::peers::Peer;
+use super::sanitize::Sanitized;
 use crate::config::MIN_SPLIT_TOKENS;
 
 /// Comparison of one kernel on one problem.
@@ -88,6 +89,8 @@ pub struct Results {
     pub copy_gigabytes_per_second: f64,
     /// Comparisons.
     pub parity: Vec<Parity>,
+    /// What compute-sanitizer's tools said of the comparison.
+    pub sanitized: Vec<Sanitized>,
     /// Times.
     pub bench: Vec<Bench>,
     /// Rows that append wrote.
@@ -96,7 +99,7 @@ pub struct Results {
     pub splits: Vec<Split>,
     /// Other people's kernels on the same problems and shapes.
     pub peers: Vec<Peer>,
-    /// What was not timed, and why.
+    /// What was not done, and why.
     pub skipped: Vec<String>,
 }
 
@@ -112,6 +115,7 @@ impl Results {
                 .append
                 .iter()
                 .all(|p| p.complaint.is_none() && p.same_bits)
+            && self.sanitized.iter().all(|s| s.complaint.is_none())
     }
 
     /// The times for people.
@@ -153,7 +157,7 @@ impl Results {
         }
         text.push_str(&self.best_splits());
         for skipped in &self.skipped {
-            let _ = writeln!(text, "not timed: {skipped}");
+            let _ = writeln!(text, "not done: {skipped}");
         }
         text
     }

@@ -5,10 +5,11 @@ use std::path::{Path, PathBuf};
 use mlac_model::Refusal;
 
 use super::bench::{Shape, compare_with_gqa, copy_bandwidth, figures, splits, time};
-use super::pack::{Pack, Packed};
+use super::pack::{PROGRAM, Pack, Packed};
 use super::parity::{append, parity};
 use super::peers;
 use super::results::Results;
+use super::sanitize::{find, sanitize};
 use crate::error::Result;
 use crate::launch::{Decoder, Device};
 use crate::problem::Problem;
@@ -22,6 +23,8 @@ pub struct Options {
     pub seed: u64,
     /// Times each kernel is timed.
     pub repeats: usize,
+    /// Whether to stop after one short comparison of each kernel, as under compute-sanitizer.
+    pub parity_only: bool,
     /// Folder with other people's kernels, as `peers/fetch_peers.py` makes it; none: they are not run.
     pub peers: Option<PathBuf>,
 }
@@ -67,9 +70,14 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
         device: device.name().to_owned(),
         multiprocessors: device.multiprocessors(),
         seed: options.seed,
-        copy_gigabytes_per_second: copy_bandwidth(&device, &stream, options.repeats)?,
+        copy_gigabytes_per_second: if options.parity_only {
+            0.0
+        } else {
+            copy_bandwidth(&device, &stream, options.repeats)?
+        },
         parity: Vec::new(),
         append: Vec::new(),
+        sanitized: Vec::new(),
         bench: Vec::new(),
         splits: Vec::new(),
         peers: Vec::new(),
@@ -79,6 +87,11 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
         "{}, {} multiprocessors, copy {:.0} GB/s, seed {}",
         results.device, results.multiprocessors, results.copy_gigabytes_per_second, results.seed
     ));
+    let lengths = &LENGTHS[..if options.parity_only {
+        1
+    } else {
+        LENGTHS.len()
+    }];
     for packed in &mine {
         let decoder = Decoder::load(
             &device,
@@ -86,7 +99,7 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
             &packed.config,
             &pack.cubin(folder, packed)?,
         )?;
-        for (i, lengths) in LENGTHS.iter().enumerate() {
+        for (i, lengths) in lengths.iter().enumerate() {
             let problem = Problem::random(packed.desc, lengths, options.seed + i as u64);
             let parity = parity(&device, &stream, packed, &decoder, &problem)?;
             tell(&format!(
@@ -113,6 +126,21 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
             ));
             results.append.push(rows);
         }
+    }
+    if options.parity_only {
+        return Ok(results);
+    }
+    match find() {
+        Some(sanitizer) => {
+            let program = folder.join(PROGRAM);
+            let (device, seed) = (options.device.to_string(), options.seed.to_string());
+            let arguments = ["--parity-only", "--device", &device, "--seed", &seed];
+            let arguments = arguments.map(str::to_owned);
+            results.sanitized = sanitize(&sanitizer, &program, &arguments, &mut tell)?;
+        }
+        None => results
+            .skipped
+            .push("compute-sanitizer: not on this machine".to_owned()),
     }
     for packed in &mine {
         let decoder = Decoder::load(

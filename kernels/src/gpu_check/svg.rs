@@ -121,6 +121,7 @@ mod tests {
             seed: 1,
             copy_gigabytes_per_second: 1.0,
             parity: Vec::new(),
+            sanitized: Vec::new(),
             append: Vec::new(),
             bench: vec![bench("long", 4096, 40.0), bench("other shape", 64, 3.0)],
             splits: Vec::new(),
