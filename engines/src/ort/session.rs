@@ -178,7 +178,8 @@ impl OrtSession {
                 action: "take the session options",
                 message,
             })?;
-        let session = commit(&mut builder).map_err(EngineError::ort(&subject, "load the model"))?;
+        let session = operators::first_alone(|| commit(&mut builder))
+            .map_err(EngineError::ort(&subject, "load the model"))?;
         let inputs = session
             .inputs()
             .iter()
