@@ -5,7 +5,9 @@ mod common;
 use common::{Case, gather, random_layer, random_matrix, random_rows, rng};
 use mlac_converter::steps::absorb::Split;
 use mlac_converter::steps::lowrank::{JointProblem, Metric};
-use mlac_converter::{LayerFactors, LayerStatistics, Matrix, RankChoice, StatisticsOptions};
+use mlac_converter::{
+    LayerFactors, LayerStatistics, Matrix, RankChoice, Recipe, StatisticsOptions, convert_layer,
+};
 
 /// No component keeps its rotation and every query head is the whole key.
 fn whole_keys(statistics: &LayerStatistics) -> Split {
@@ -35,6 +37,36 @@ fn loss(factors: &LayerFactors, metric: &Matrix<f64>, moment: &Matrix<f64>) -> f
     let mut lost = Matrix::identity(shape.stacked_width());
     lost.add_scaled(&decoder.times(&factors.encoder.row_range(0, r)), -1.0);
     metric.times(&lost.congruence(moment)).trace()
+}
+
+/// A layer that the loss does not feel has no metric: keys and values are then taken as they are, and it is told.
+#[test]
+fn a_layer_without_gradients_stays_finite() {
+    let weights = random_layer(Case::plain(4, 2, 8, 24), 5);
+    let x = random_rows(&mut rng(6), 60, 24);
+    let mut statistics = gather(&weights, &[x], StatisticsOptions::default());
+    let width = statistics.attention.shape.stacked_width();
+    statistics.gradient = Some(Matrix::zeros(width, width));
+    let ranks = RankChoice {
+        kv_lora_rank: 10,
+        qk_rope_head_dim: 4,
+    };
+    let recipe = Recipe::default().with_gradients();
+    let (factors, report) = convert_layer(&weights, &statistics, ranks, &recipe).expect("factors");
+    assert!(factors.encoder.is_finite());
+    assert!(
+        factors
+            .w_uk
+            .iter()
+            .chain(&factors.w_uv)
+            .all(Matrix::is_finite)
+    );
+    assert!(report.error.expect("measured") < 1.0, "{report:?}");
+    let told = report.notes.iter().any(|n| n.contains("were floored"));
+    assert!(told, "{:?}", report.notes);
+    statistics.gradient = None;
+    let refused = convert_layer(&weights, &statistics, ranks, &recipe).unwrap_err();
+    assert!(refused.to_string().contains("gradients"), "{refused}");
 }
 
 #[test]

@@ -15,10 +15,10 @@ use rayon::prelude::*;
 use crate::error::{Error, numeric, refuse};
 use crate::linalg::{Matrix, Threads, gram_accumulate};
 
-/// Turns; the third moves the metric by little.
+/// Turns; other numbers were not compared.
 const TURNS: usize = 3;
 
-/// Ridge of an inverse, relative to the mean of its diagonal.
+/// Ridge of an inverse, relative to the mean of its diagonal; other values were not compared.
 const RIDGE: f64 = 2e-4;
 
 /// Gradients and stacked vectors of one layer, by token.

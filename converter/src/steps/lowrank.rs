@@ -251,8 +251,7 @@ fn gradient_roots(statistics: &LayerStatistics, split: &Split) -> Result<PsdRoot
     };
     let n = statistics.attention.shape.kv_width();
     let seen = plain_decoders(split, n)?.transpose().congruence(gradient);
-    // Without a floor of its own a layer that nothing reads would have no metric at all.
-    let whole = SMALLEST_METRIC * gradient.trace().max(f64::MIN_POSITIVE);
+    let whole = SMALLEST_METRIC * gradient.trace();
     psd_roots_of_scale(&seen, METRIC_FLOOR, whole, "metric of the gradients")
 }
 

@@ -113,7 +113,8 @@ pub(super) fn convert_request<'a>(
     let mut chosen = method(calib)?;
     let calibration = calibration(calib, wanted.budget)?;
     let refine = refinement(calib, &calibration, finally)?;
-    let gradients = if chosen.gradient {
+    // At full rank no metric changes anything.
+    let gradients = if chosen.gradient && wanted.budget != Budget::Exact {
         gradients(checkpoint, &calibration, &even, context)?
     } else {
         None
@@ -160,6 +161,9 @@ fn gradients(
     context: Context,
 ) -> Result<Option<Gradients>, Error> {
     let Calibration::Text { seed, .. } = *calibration else {
+        context.progress.note(
+            "low rank in the metric of scores and outputs: without a calibration text there are no gradients",
+        );
         return Ok(None);
     };
     let Some(chosen) = read_windows(checkpoint, calibration)? else {
