@@ -1,5 +1,5 @@
 //! Perplexity at equal cache, for several methods, sizes, seeds and window lengths, and without each
-//! step of the recipe. Writes a section of `bench/RESULTS.md` and `docs/quality.svg`.
+//! step of the recipe. Writes a section of `bench/RESULTS.md` and, with more than one size, `docs/quality.svg`.
 //!
 //! `cargo run --release -p mlac-bench --bin quality -- --model MODEL --calib TEXT --eval TEXT --work DIR`;
 //! without arguments it says which options there are. `mlac` must lie built beside this program. WORK
@@ -106,15 +106,18 @@ fn run(request: &Request) -> Outcome {
             )
         }
     };
-    let svg = results.chart().ok_or("no run gave a figure to draw")?;
-    fs::write(&chart, svg)?;
+    let svg = results.chart();
+    if let Some(svg) = &svg {
+        fs::write(&chart, svg)?;
+        println!("{}", chart.display());
+    }
     write_section(
         &file,
         &results.title(),
         &request.command,
-        &results.body(link),
+        &results.body(svg.is_some().then_some(link)),
     )?;
-    println!("{}\n{}", file.display(), chart.display());
+    println!("{}", file.display());
     Ok(())
 }
 

@@ -121,17 +121,23 @@ impl<'a, R: Runner> Harness<'a, R> {
     fn with(request: &'a Request, runner: R, commit: String, inputs: u64) -> Result<Self, String> {
         let text = |path: &Path| path.to_string_lossy().into_owned();
         let output = format!("converted-{}", std::process::id());
+        // The same build on the same windows: other gradients would be refused.
+        let windows = format!("{:?} {:?}", request.calib_windows, request.calib_window);
+        let windows = digest(windows.as_bytes());
+        let gradients = format!("gradients-{inputs:016x}-{windows:016x}");
         let real = Names {
             model: text(&request.model),
             calib: text(&request.calib),
             eval: text(&request.eval),
             output: text(&request.work.join(output)),
+            gradients: text(&request.work.join(gradients)),
         };
         let shown = Names {
             model: file_name(&real.model),
             calib: file_name(&real.calib),
             eval: file_name(&real.eval),
             output: "mla".to_owned(),
+            gradients: "gradients".to_owned(),
         };
         let plan = ["plan", &real.model, "--budget", "0.5", "--json"].map(str::to_owned);
         let (step, printed) = runner

@@ -234,6 +234,8 @@ pub struct Names {
     pub eval: String,
     /// The converted folder.
     pub output: String,
+    /// Beginning of the names of the files that keep gradients, one a seed.
+    pub gradients: String,
 }
 
 /// Arguments of `mlac convert`; `width` is a layer's GQA cache.
@@ -277,6 +279,11 @@ pub fn convert_args(
             add("--calib-window", window.to_string());
         }
     }
+    let recipe = !matches!(conversion.method, Method::Transmla | Method::Svd);
+    if recipe && !conversion.without.iter().any(|step| step == GRADIENT) {
+        let file = format!("{}-{}.safetensors", names.gradients, conversion.seed);
+        args.extend(["--gradients".to_owned(), file]);
+    }
     if !conversion.without.is_empty() {
         args.push(format!("--steps=-{}", conversion.without.join(",-")));
     }
@@ -317,6 +324,7 @@ mod tests {
             calib: "c".into(),
             eval: "e".into(),
             output: "o".into(),
+            gradients: "g".into(),
         }
     }
 
@@ -364,11 +372,13 @@ mod tests {
         };
         assert_eq!(
             args(Method::Recipe, &[]),
-            "convert m -o o --calib c --budget 0.5 --calib-seed 5 --calib-window 64 --json"
+            "convert m -o o --calib c --budget 0.5 --calib-seed 5 --calib-window 64 --gradients g-5.safetensors \
+             --json"
         );
         assert_eq!(
             args(Method::RecipeRefined, &[]),
-            "convert m -o o --calib c --budget 0.5 --refine 200 --calib-seed 5 --calib-window 64 --json"
+            "convert m -o o --calib c --budget 0.5 --refine 200 --calib-seed 5 --calib-window 64 \
+             --gradients g-5.safetensors --json"
         );
         assert_eq!(
             args(Method::RecipeUniform, &["gradient", "balance"]),

@@ -42,7 +42,11 @@ impl<'a, R: Runner> Results<'a, R> {
 
     /// The section's name.
     pub fn title(&self) -> String {
-        format!("Quality at equal cache: {}", self.model())
+        format!(
+            "Quality at equal cache: {} on {}",
+            self.model(),
+            self.harness.shown.eval
+        )
     }
 
     fn model(&self) -> &str {
@@ -82,13 +86,10 @@ impl<'a, R: Runner> Results<'a, R> {
         self.ratio(conversion, Windows::main(self.request))
     }
 
-    /// The section, with the chart at `chart`.
-    pub fn body(&self, chart: &str) -> String {
-        let mut parts = vec![
-            self.protocol(),
-            self.main_table(),
-            format!("![Perplexity by cache]({chart})"),
-        ];
+    /// The section, with the chart at `chart`, if there is one.
+    pub fn body(&self, chart: Option<&str>) -> String {
+        let mut parts = vec![self.protocol(), self.main_table()];
+        parts.extend(chart.map(|chart| format!("![Perplexity by cache]({chart})")));
         parts.extend(self.ranks_table());
         parts.extend(self.seeds_table());
         parts.extend(self.windows_table());

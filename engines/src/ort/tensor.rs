@@ -123,8 +123,9 @@ impl Value {
     /// Hands our tensor's memory to the runtime, without a copy.
     ///
     /// # Errors
-    /// When the shape's product is not the number of elements.
+    /// When the shape's product is not the number of elements, or there is no ONNX Runtime.
     pub fn new(tensor: HostTensor) -> Result<Self> {
+        crate::ort::load()?;
         let HostTensor { shape, data } = tensor;
         let element;
         let made = match data {

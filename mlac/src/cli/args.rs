@@ -145,6 +145,10 @@ pub struct CalibArgs {
     /// Steps of the recipe to run, or to leave out with a leading `-`: such as `-refit,-sequential` [default: all].
     #[arg(long, allow_hyphen_values = true, value_delimiter = ',')]
     pub steps: Vec<String>,
+    /// File of the gradients that the recipe takes of the model's loss: read where it is there, else written, so that
+    /// further budgets of the same model and text need not take them again.
+    #[arg(long, value_name = "FILE")]
+    pub gradients: Option<PathBuf>,
     /// Gradient steps on every converted layer after the closed forms, to heal it; a killed run takes up
     /// the layers it has done. 0: none, the conversion is free of training.
     #[arg(long, value_name = "STEPS", default_value_t = 0)]

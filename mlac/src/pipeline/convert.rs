@@ -402,8 +402,8 @@ fn foundation(request: &ConvertRequest<'_>, chosen: &Chosen) -> Result<String, E
     }))
 }
 
-/// SHA-256 of the running program: another build may refine otherwise.
-fn program_digest() -> Result<String, Error> {
+/// SHA-256 of the running program: another build may compute otherwise.
+pub fn program_digest() -> Result<String, Error> {
     let program = std::env::current_exe().map_err(|e| Error::io("the running program", e))?;
     let bytes = std::fs::read(&program).map_err(|e| Error::io(&program, e))?;
     Ok(hex(&Sha256::digest(bytes)))

@@ -42,7 +42,20 @@ impl Gradients {
         Ok(Some(metric.cast()))
     }
 
-    fn push(&mut self, layer: usize, metric: &Matrix<f64>) -> Result<(), Error> {
+    /// No layer yet of `layers`, whose metrics are `[width, width]`.
+    pub(super) fn empty(layers: usize, width: usize) -> Result<Self, Error> {
+        Ok(Self {
+            metrics: Store::new(layers, &[width, width])?,
+            places: BTreeMap::new(),
+        })
+    }
+
+    /// The layers it has, ascending.
+    pub(super) fn layers(&self) -> impl Iterator<Item = usize> {
+        self.places.keys().copied()
+    }
+
+    pub(super) fn push(&mut self, layer: usize, metric: &Matrix<f64>) -> Result<(), Error> {
         self.places.insert(layer, self.metrics.count());
         let shape = [metric.rows(), metric.cols()];
         self.metrics
@@ -78,10 +91,7 @@ pub fn take(
     stage.doing("output head");
     let mut gradients = at_the_head(checkpoint, &states, seed)?;
     drop(states);
-    let mut found = Gradients {
-        metrics: Store::new(wanted.len(), &[width, width])?,
-        places: BTreeMap::new(),
-    };
+    let mut found = Gradients::empty(wanted.len(), width)?;
     for (layer, passed) in passed.into_iter().enumerate().skip(lowest).rev() {
         stage.doing(format!("down through layer {layer}"));
         let tokens = down(checkpoint, layer, &passed, &mut gradients)?;

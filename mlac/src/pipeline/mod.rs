@@ -10,6 +10,7 @@ pub mod evaluate;
 pub mod export;
 pub mod generate;
 pub mod gradients;
+pub mod kept_gradients;
 pub mod ranks;
 pub mod refine;
 pub mod refined_layers;

@@ -6,8 +6,11 @@ use crate::quality::mlac::Runner;
 use mlac::report::charts::{Chart, Series};
 
 impl<R: Runner> Results<'_, R> {
-    /// Ratio by cache, a line for each method.
+    /// Ratio by cache, a line for each method; nothing where one size gives no line.
     pub fn chart(&self) -> Option<String> {
+        if self.request.sizes.len() < 2 {
+            return None;
+        }
         let mut series: Vec<Series> = self
             .methods()
             .iter()

@@ -191,9 +191,11 @@ impl<R: Runner> Results<'_, R> {
             ]);
         }
         let memory = if self.measures_memory {
-            "Peak memory is the maximum resident set size of GNU time."
+            "Gradients are taken once a seed, in its first conversion, and read by the others. Peak memory is the maximum \
+             resident set size of GNU time."
         } else {
-            "GNU time is not installed: no peak memory."
+            "Gradients are taken once a seed, in its first conversion, and read by the others. GNU time is not installed: \
+             no peak memory."
         };
         let head = ["method", "conversions", "median time", "peak memory"];
         let head = &head[..];

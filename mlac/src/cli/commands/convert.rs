@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
-use mlac_converter::{Budget, Recipe, RefineOptions};
+use mlac_converter::{AttentionShape, Budget, Recipe, RefineOptions};
 use mlac_engines::ort::SessionOptions;
 use mlac_model::{Checkpoint, Dtype, Refusal};
 
@@ -21,7 +21,7 @@ use crate::pipeline::gradients::{Gradients, take};
 use crate::pipeline::ranks::cache_plan;
 use crate::pipeline::refine::RefineRequest;
 use crate::pipeline::refined_layers::remove;
-use crate::pipeline::{allocate, steps};
+use crate::pipeline::{allocate, kept_gradients, steps};
 use crate::report::data::HEADLINE_CONTEXT;
 use crate::staging::beside;
 
@@ -115,7 +115,13 @@ pub(super) fn convert_request<'a>(
     let refine = refinement(calib, &calibration, finally)?;
     // At full rank no metric changes anything.
     let gradients = if chosen.gradient && wanted.budget != Budget::Exact {
-        gradients(checkpoint, &calibration, &even, context)?
+        gradients(
+            checkpoint,
+            &calibration,
+            calib.gradients.as_deref(),
+            &even,
+            context,
+        )?
     } else {
         None
     };
@@ -157,6 +163,7 @@ pub(super) fn convert_request<'a>(
 fn gradients(
     checkpoint: &Checkpoint,
     calibration: &Calibration,
+    file: Option<&Path>,
     layers: &[LayerPlan],
     context: Context,
 ) -> Result<Option<Gradients>, Error> {
@@ -172,6 +179,21 @@ fn gradients(
     let layers: Vec<usize> = layers.iter().map(|p| p.layer).collect();
     let options = SessionOptions::default().with_threads(context.threads);
     let windows = chosen.slices();
+    let kept = match file {
+        Some(path) => Some((
+            path,
+            kept_gradients::key(checkpoint, &windows, &layers, seed)?,
+        )),
+        None => None,
+    };
+    if let Some((path, key)) = &kept {
+        let width = AttentionShape::of(checkpoint.config()).stacked_width();
+        if let Some(found) = kept_gradients::read(path, key, &layers, width)? {
+            let note = format!("gradients of the loss read from {}", path.display());
+            context.progress.note(&note);
+            return Ok(Some(found));
+        }
+    }
     let found = take(
         checkpoint,
         &windows,
@@ -180,6 +202,9 @@ fn gradients(
         &options,
         context.progress,
     )?;
+    if let Some((path, key)) = &kept {
+        kept_gradients::write(path, key, &found)?;
+    }
     Ok(Some(found))
 }
 
