@@ -8,6 +8,8 @@
 // libraries. No exception leaves a function. The Rust side is engines/src/tensorrt/sys.rs; keep the
 // two in step and raise MLAC_TRT_SHIM_ABI when a signature changes.
 //
+// Running engines is in run.cpp.
+//
 // No timing cache for RTX: it documents those operations as no-ops since 1.2.
 // No strongly-typed flag: networks of both are always strongly typed (enterprise TensorRT since 11).
 
@@ -17,38 +19,16 @@
 #include <new>
 #include <string>
 
-#include "NvInfer.h"
 #include "NvOnnxParser.h"
+#include "shim.h"
 
 #define MLAC_TRT_SHIM_ABI 3
-#define MLAC_EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace
 {
-namespace trt = nvinfer1;
-
-using LogFunction = void (*)(void* user, int32_t severity, char const* text);
 using CreateBuilder = void* (*) (void* logger, int32_t version);
 using CreateParser = void* (*) (void* network, void* logger, int version);
 using GetRegistry = trt::IPluginRegistry* (*) ();
-
-class Logger : public trt::ILogger
-{
-public:
-    Logger(LogFunction function, void* user)
-        : mFunction(function)
-        , mUser(user)
-    {
-    }
-    void log(Severity severity, char const* text) noexcept override
-    {
-        mFunction(mUser, static_cast<int32_t>(severity), text);
-    }
-
-private:
-    LogFunction mFunction;
-    void* mUser;
-};
 
 // Members are destroyed in reverse order: parser, network, builder, logger.
 struct Build
@@ -71,29 +51,7 @@ struct Config
     std::unique_ptr<trt::IBuilderConfig> config;
     trt::IOptimizationProfile* profile{nullptr}; // owned by the builder
 };
-
-trt::Dims dims(int64_t const* values, int32_t rank)
-{
-    trt::Dims result{};
-    result.nbDims = rank;
-    for (int32_t i = 0; i < rank; ++i)
-    {
-        result.d[i] = values[i];
-    }
-    return result;
-}
 } // namespace
-
-// One input or output of the network. A dimension of -1 is dynamic; its symbol is its name in the
-// ONNX file, null without one.
-struct MlacTrtTensor
-{
-    char const* name;
-    int32_t dtype;
-    int32_t rank;
-    int64_t dims[8];
-    char const* symbols[8];
-};
 
 struct MlacTrtParseError
 {

@@ -121,7 +121,7 @@ impl Library {
                 runtime: "tensorrt_shim",
                 wheels: &[],
                 file: "libmlac_trt_shim.so",
-                needed: "libmlac_trt_shim.so, compiled from engines/shim/shim.cpp",
+                needed: "libmlac_trt_shim.so, compiled from engines/shim",
                 fix: SETUP,
             },
             Self::TensorRtEnterprise => Facts {
@@ -148,7 +148,7 @@ impl Library {
                 runtime: "tensorrt_enterprise_shim",
                 wheels: &[],
                 file: "libmlac_trt_shim.so",
-                needed: "libmlac_trt_shim.so, compiled from engines/shim/shim.cpp against the headers of enterprise TensorRT",
+                needed: "libmlac_trt_shim.so, compiled from engines/shim against the headers of enterprise TensorRT",
                 fix: SETUP,
             },
             Self::TensorRtPlugin => Facts {

@@ -9,6 +9,7 @@
 )]
 
 pub mod allocator;
+pub mod decode;
 pub mod doctor;
 pub mod error;
 pub mod find;
@@ -17,4 +18,5 @@ pub mod parity;
 mod probe;
 pub mod tensorrt;
 
+pub use decode::{Decode, Logits};
 pub use error::{EngineError, Result};

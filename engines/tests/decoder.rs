@@ -8,9 +8,8 @@
 
 use std::path::{Path, PathBuf};
 
-use mlac_engines::ort::{
-    CacheKind, Decoder, HostTensor, Logits, OrtSession, SessionOptions, Value,
-};
+use mlac_engines::ort::{CacheKind, Decoder, HostTensor, OrtSession, SessionOptions, Value};
+use mlac_engines::{Decode, Logits};
 
 fn data(name: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -4,8 +4,9 @@ use std::path::Path;
 
 use mlac_converter::CachePlan;
 use mlac_engines::ort::{
-    CacheKind, CacheLayout, Decoder, Dim, HostTensor, Logits, OrtSession, SessionOptions, Value,
+    CacheKind, CacheLayout, Decoder, Dim, HostTensor, OrtSession, SessionOptions, Value,
 };
+use mlac_engines::{Decode, Logits};
 use mlac_graph::builders::DecoderOptions;
 use mlac_graph::ir::DType;
 use mlac_model::ModelConfig;

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use mlac_engines::Decode;
 use mlac_engines::ort::{Decoder, SessionOptions};
 
 use crate::cases::Cases;

@@ -6,6 +6,7 @@ use std::path::Path;
 
 use clap::Parser;
 use mlac::cli::{args::Cli, commands};
+use mlac_engines::Decode;
 use mlac_engines::ort::{Decoder, SessionOptions};
 use mlac_model::Checkpoint;
 use mlac_tests::cases::Cases;

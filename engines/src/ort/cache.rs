@@ -117,6 +117,17 @@ fn parse(name: &str) -> Option<(usize, Part, String)> {
     Some((layer.parse().ok()?, kind, format!("present.{layer}.{part}")))
 }
 
+/// The axis of cached rows of a cache input, and the output that replaces it; `None` for any other input.
+pub(crate) fn cache_parts(name: &str) -> Option<(usize, String)> {
+    let (_, part, output) = parse(name)?;
+    Some((part.past_axis(), output))
+}
+
+/// The layer of a cache input.
+pub(crate) fn cache_layer(name: &str) -> Option<usize> {
+    parse(name).map(|(layer, ..)| layer)
+}
+
 /// The cache tensors of a graph, in the order of its inputs.
 pub(super) fn ports(session: &OrtSession) -> Result<Vec<CachePort>> {
     let mut found = Vec::new();

@@ -1,6 +1,5 @@
-//! A decoder with its cache: token ids in, logits out.
+//! A decoder with its cache in ONNX Runtime.
 
-use std::borrow::Cow;
 use std::path::{Path, PathBuf};
 
 use mlac_model::Refusal;
@@ -8,57 +7,13 @@ use mlac_model::Refusal;
 use super::cache::{self, CacheLayout, CachePort};
 use super::session::{Kept, OrtSession, SessionOptions};
 use super::tensor::{Element, HostTensor, Value};
+use crate::decode::{self, Decode, Logits};
 use crate::error::Result;
 
 /// The graph for one token at a time (absorbed, in MLA layers) and for everything when it is alone.
 const DECODER: &str = "decoder.onnx";
 /// The graph for many tokens at once (expanded heads), when the folder has one.
 const PREFILL: &str = "prefill.onnx";
-
-/// Logits `[batch, seq, vocab]`, in the runtime's memory.
-pub struct Logits {
-    value: Value,
-}
-
-impl Logits {
-    /// `[batch, seq, vocab]`.
-    pub fn shape(&self) -> [usize; 3] {
-        let shape = self.value.shape();
-        [shape[0], shape[1], shape[2]]
-    }
-
-    /// The logits of one position, `[vocab]`; without a copy when the model computes in f32.
-    ///
-    /// # Panics
-    /// When `batch` or `position` is out of range.
-    pub fn row(&self, batch: usize, position: usize) -> Cow<'_, [f32]> {
-        let [batches, positions, vocab] = self.shape();
-        assert!(
-            batch < batches && position < positions,
-            "no logits ({batch}, {position}) in {:?}",
-            self.shape()
-        );
-        let start = (batch * positions + position) * vocab;
-        match (self.value.as_f32(), self.value.as_f16()) {
-            (Some(data), _) => Cow::Borrowed(&data[start..start + vocab]),
-            (_, Some(data)) => data[start..start + vocab]
-                .iter()
-                .map(|value| value.to_f32())
-                .collect(),
-            _ => Cow::Borrowed(&[]),
-        }
-    }
-
-    /// The logits of the last position, `[vocab]`.
-    pub fn last(&self, batch: usize) -> Cow<'_, [f32]> {
-        self.row(batch, self.shape()[1] - 1)
-    }
-
-    /// The tensor itself.
-    pub fn value(&self) -> &Value {
-        &self.value
-    }
-}
 
 /// A model folder that `mlac export` wrote, ready to decode. The cache never leaves the runtime.
 pub struct Decoder {
@@ -99,105 +54,9 @@ impl Decoder {
         })
     }
 
-    /// What each layer caches, from the graph's inputs.
-    pub fn layouts(&self) -> Vec<CacheLayout> {
-        let inputs = self.decode.inputs().iter();
-        cache::cache_layouts(inputs.map(|port| (port.name.as_str(), port.dims.as_slice())))
-    }
-
-    /// Tokens in the cache.
-    pub fn past(&self) -> usize {
-        self.past
-    }
-
-    /// Sequences decoded side by side; 0 before the first tokens.
-    pub fn batch(&self) -> usize {
-        self.batch
-    }
-
-    /// Forgets all tokens.
-    pub fn reset(&mut self) {
-        self.held.clear();
-        self.batch = 0;
-        self.past = 0;
-    }
-
-    /// Starts `batch` sequences of `tokens` tokens whose cached numbers are all zero. For timing a
-    /// step at a context: the numbers do not change the work.
-    pub fn fill_with_zeros(&mut self, batch: usize, tokens: usize) -> Result<()> {
-        self.held = self
-            .caches
-            .iter()
-            .map(|port| port.zeros(batch, tokens))
-            .collect::<Result<_>>()?;
-        self.batch = batch;
-        self.past = tokens;
-        Ok(())
-    }
-
     /// Closes the prompt graph, and gives its memory back, until the next prompt.
     pub fn close_prefill(&mut self) {
         self.prefill = None;
-    }
-
-    /// Bytes that the cached tokens take, from the tensors' actual shapes. A cache that is kept in place has room for more tokens.
-    pub fn cache_bytes(&self) -> usize {
-        let caches = self.caches.iter().zip(&self.held);
-        caches
-            .map(|(port, value)| port.bytes(value, self.past))
-            .sum()
-    }
-
-    /// Bytes of cache per token and sequence, measured from the tensors that the graph returned;
-    /// beyond a sliding window it falls with every token. `None` before the first tokens.
-    pub fn cache_bytes_per_token(&self) -> Option<f64> {
-        (self.past > 0).then(|| self.cache_bytes() as f64 / (self.past * self.batch) as f64)
-    }
-
-    /// Appends a prompt of one sequence; logits `[1, ids, vocab]`.
-    pub fn prefill(&mut self, ids: &[i64]) -> Result<Logits> {
-        self.append(&[ids])
-    }
-
-    /// Appends one token to one sequence; logits `[1, 1, vocab]`.
-    pub fn step(&mut self, id: i64) -> Result<Logits> {
-        self.append(&[&[id]])
-    }
-
-    /// Appends one token to each sequence; logits `[batch, 1, vocab]`.
-    pub fn step_batch(&mut self, ids: &[i64]) -> Result<Logits> {
-        let rows: Vec<&[i64]> = ids.iter().map(std::slice::from_ref).collect();
-        self.append(&rows)
-    }
-
-    /// Appends the same number of tokens to each sequence; logits `[batch, seq, vocab]`.
-    ///
-    /// # Errors
-    /// When the sequences differ in length or number, or the runtime fails; the cache is then as
-    /// it was before. If the runtime fails after it overwrote rows of a ring, all tokens are forgotten.
-    pub fn append(&mut self, ids: &[&[i64]]) -> Result<Logits> {
-        let (batch, seq) = self.check_ids(ids)?;
-        let fresh = self.held.is_empty();
-        let mut held: Vec<Value> = if fresh {
-            self.caches
-                .iter()
-                .map(|port| port.empty(batch))
-                .collect::<Result<_>>()?
-        } else {
-            std::mem::take(&mut self.held)
-        };
-        let result = self.run(ids, batch, seq, fresh, &mut held);
-        // Without a result the tokens before are still there, in tensors that nobody replaced.
-        if result.is_ok() || !fresh {
-            self.held = held;
-        }
-        if result.is_ok() {
-            self.batch = batch;
-            self.past += seq;
-        } else if self.caches.iter().any(|p| p.overwrites(self.past + seq)) {
-            self.reset();
-        }
-        result
     }
 
     /// Runs the graph on new tokens over `held`, which it brings up to date.
@@ -318,39 +177,71 @@ impl Decoder {
         for ((_, place), value) in places.zip(next) {
             *place = value;
         }
-        Ok(Logits { value })
+        Ok(Logits::of_runtime(value))
+    }
+}
+
+impl Decode for Decoder {
+    fn layouts(&self) -> Vec<CacheLayout> {
+        let inputs = self.decode.inputs().iter();
+        cache::cache_layouts(inputs.map(|port| (port.name.as_str(), port.dims.as_slice())))
     }
 
-    fn check_ids(&self, ids: &[&[i64]]) -> Result<(usize, usize)> {
-        let seq = ids.first().map_or(0, |row| row.len());
-        let refused = |expected: String, found: String| {
-            Err(Refusal::new(
-                "token ids",
-                expected,
-                found,
-                "pass equally long, non-empty sequences of the tokenizer's ids",
-            )
-            .into())
+    fn past(&self) -> usize {
+        self.past
+    }
+
+    fn batch(&self) -> usize {
+        self.batch
+    }
+
+    fn reset(&mut self) {
+        self.held.clear();
+        self.batch = 0;
+        self.past = 0;
+    }
+
+    fn fill_with_zeros(&mut self, batch: usize, tokens: usize) -> Result<()> {
+        self.held = self
+            .caches
+            .iter()
+            .map(|port| port.zeros(batch, tokens))
+            .collect::<Result<_>>()?;
+        self.batch = batch;
+        self.past = tokens;
+        Ok(())
+    }
+
+    fn cache_bytes(&self) -> usize {
+        let caches = self.caches.iter().zip(&self.held);
+        caches
+            .map(|(port, value)| port.bytes(value, self.past))
+            .sum()
+    }
+
+    fn append(&mut self, ids: &[&[i64]]) -> Result<Logits> {
+        let (batch, seq) = decode::check_ids(ids, self.batch)?;
+        let fresh = self.held.is_empty();
+        let mut held: Vec<Value> = if fresh {
+            self.caches
+                .iter()
+                .map(|port| port.empty(batch))
+                .collect::<Result<_>>()?
+        } else {
+            std::mem::take(&mut self.held)
         };
-        if seq == 0 {
-            return refused("at least one token".into(), "none".into());
+        let result = self.run(ids, batch, seq, fresh, &mut held);
+        // Without a result the tokens before are still there, in tensors that nobody replaced.
+        if result.is_ok() || !fresh {
+            self.held = held;
         }
-        if let Some(row) = ids.iter().find(|row| row.len() != seq) {
-            return refused(
-                format!("{seq} tokens in every sequence"),
-                format!("{} tokens in one", row.len()),
-            );
+        if result.is_ok() {
+            self.batch = batch;
+            self.past += seq;
+        } else if self.caches.iter().any(|p| p.overwrites(self.past + seq)) {
+            self.reset();
         }
-        if let Some(id) = ids.iter().flat_map(|row| row.iter()).find(|id| **id < 0) {
-            return refused("ids of the vocabulary".into(), id.to_string());
-        }
-        if self.batch != 0 && self.batch != ids.len() {
-            return refused(
-                format!("{} sequences, as in the cache", self.batch),
-                format!("{} (reset first)", ids.len()),
-            );
-        }
-        Ok((ids.len(), seq))
+        result
     }
 }
 

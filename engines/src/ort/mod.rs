@@ -8,7 +8,8 @@ mod session;
 mod tensor;
 
 pub use cache::{CacheKind, CacheLayout, cache_layouts, cached_numbers};
-pub use decoder::{Decoder, Logits};
+pub(crate) use cache::{cache_layer, cache_parts};
+pub use decoder::Decoder;
 pub use library::{OrtLibrary, load, load_from};
 pub use session::{Dim, Kept, Optimization, OrtSession, Port, SessionOptions};
 pub use tensor::{Element, HostData, HostTensor, Value};

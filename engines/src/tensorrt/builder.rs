@@ -200,13 +200,7 @@ impl Builder {
         let count = unsafe { (shim.tensor_count)(build, kind) };
         (0..count)
             .filter_map(|index| {
-                let mut tensor = sys::Tensor {
-                    name: std::ptr::null(),
-                    dtype: -1,
-                    rank: 0,
-                    dims: [0; 8],
-                    symbols: [std::ptr::null(); 8],
-                };
+                let mut tensor = sys::Tensor::unknown();
                 // SAFETY: a live build and a place for the answer.
                 let found = unsafe { (shim.tensor)(build, kind, index, &raw mut tensor) };
                 (found == 1).then(|| NetworkTensor {
@@ -470,7 +464,7 @@ impl Drop for Engine {
 }
 
 /// `nvinfer1::DataType`
-fn element(number: i32) -> &'static str {
+pub(super) fn element(number: i32) -> &'static str {
     const NAMES: [&str; 12] = [
         "f32", "f16", "i8", "i32", "bool", "u8", "fp8", "bf16", "i64", "i4", "fp4", "e8m0",
     ];

@@ -174,6 +174,9 @@ pub fn build_engines(
     if let (Some(plugins), Some(path)) = (&plugins, &options.timing_cache) {
         plugins.keep_timing(path)?;
     }
+    if options.product == Product::Enterprise {
+        copy_side_files(onnx, staging.path(), &report.manifest)?;
+    }
     report.manifest.write(staging.path())?;
     let finished = staging.keep();
     fs::rename(&finished, out)
@@ -318,6 +321,18 @@ fn graphs(onnx: &Path, options: &BuildOptions) -> Result<Vec<Graph>> {
             profiles: both.to_vec(),
         }]
     })
+}
+
+/// Configuration and tokenizer, so that the folder is all that a run needs.
+fn copy_side_files(onnx: &Path, staging: &Path, manifest: &Manifest) -> Result<()> {
+    for source in &manifest.sources {
+        if manifest::is_side_file(&source.file) {
+            let from = onnx.join(&source.file);
+            fs::copy(&from, staging.join(&source.file))
+                .map_err(EngineError::io(&from, "copy beside the engines"))?;
+        }
+    }
+    Ok(())
 }
 
 /// A folder beside `out`, removed again when the build does not finish.

@@ -13,7 +13,7 @@ use libloading::os::unix::{Library as Loaded, RTLD_GLOBAL, RTLD_NOW};
 use mlac_model::Refusal;
 
 use super::plugin::PluginLibrary;
-use super::sys::{ABI, Functions, GetVersion};
+use super::sys::{ABI, Functions, GetVersion, RUN_ABI, RunFunctions};
 use crate::error::{EngineError, Result};
 use crate::find::{self, Library};
 use crate::probe;
@@ -65,6 +65,11 @@ pub(super) struct Inner {
     registry: *mut c_void,
     pub(super) create_builder: *mut c_void,
     pub(super) create_parser: *mut c_void,
+    create_runtime: *mut c_void,
+    /// What runs engines, or why the shim has not got it.
+    run: std::result::Result<RunFunctions, Refusal>,
+    /// The plugin library that is registered: its file and digest.
+    registered: Mutex<Option<(PathBuf, String)>>,
     version: u32,
     path: PathBuf,
     plugins: Vec<String>,
@@ -118,17 +123,34 @@ impl TensorRt {
         format!("{} {}", self.inner.product.title(), self.version())
     }
 
-    /// Registers the plugin library, which is checked against this TensorRT's version first.
+    /// Registers the plugin library, which is checked against this TensorRT's version first; once per process, for TensorRT
+    /// takes a plugin of one name only once.
     ///
     /// # Errors
-    /// A library for another major version, or one that TensorRT does not take.
+    /// A library for another major version, one that TensorRT does not take, and another one than is registered.
     pub fn load_plugin(&self, library: &PluginLibrary) -> Result<()> {
         library.check(self.inner.version)?;
+        let digest = library.digest()?;
+        let registered = &self.inner.registered;
+        let mut registered = registered.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((path, known)) = &*registered {
+            if *known == digest {
+                return Ok(());
+            }
+            return Err(Refusal::new(
+                format!("TensorRT plugin ({})", library.path().display()),
+                format!("the one that is registered, {}", path.display()),
+                "another file",
+                "look at engines of different plugins in different runs, or build them again with one mlac",
+            )
+            .into());
+        }
         let path = CString::new(library.path().as_os_str().as_bytes())
             .map_err(|error| EngineError::io(library.path(), "pass the path on")(error.into()))?;
         // SAFETY: `registry` is getPluginRegistry of the checked version; a C string.
         let taken = unsafe { (self.inner.shim.load_plugins)(self.inner.registry, path.as_ptr()) };
         if taken == 1 {
+            *registered = Some((library.path().to_path_buf(), digest));
             return Ok(());
         }
         Err(EngineError::TensorRt {
@@ -136,6 +158,17 @@ impl TensorRt {
             action: "register the plugin library",
             messages: Vec::new(),
         })
+    }
+
+    /// What runs engines, and the entry point that it wants.
+    pub(super) fn run(&self) -> Result<(&RunFunctions, *mut c_void)> {
+        let functions = self.inner.run.as_ref().map_err(Clone::clone)?;
+        Ok((functions, self.inner.create_runtime))
+    }
+
+    /// major * 10000 + minor * 100 + patch.
+    pub(super) fn number(&self) -> u32 {
+        self.inner.version
     }
 
     /// For example "1.7.1".
@@ -178,6 +211,12 @@ fn open(product: Product) -> Result<Inner> {
         b"createInferBuilder_INTERNAL",
     )?;
     let registry = symbol(&builder, of_builder, &builder_path, b"getPluginRegistry")?;
+    let create_runtime = symbol(
+        &builder,
+        of_builder,
+        &builder_path,
+        b"createInferRuntime_INTERNAL",
+    )?;
     let create_parser = symbol(
         &parser,
         of_parser,
@@ -226,11 +265,40 @@ fn open(product: Product) -> Result<Inner> {
         registry,
         create_builder,
         create_parser,
+        create_runtime,
+        run: runner(product, &shim_library, of_shim, &shim_path),
+        registered: Mutex::new(None),
         version: version as u32,
         path: builder_path,
         plugins,
         _libraries: [builder, parser, shim_library].map(std::mem::ManuallyDrop::new),
     })
+}
+
+/// The functions that run engines: only those of enterprise TensorRT, of a shim that has them.
+fn runner(
+    product: Product,
+    shim: &libloading::Library,
+    library: Library,
+    path: &Path,
+) -> std::result::Result<RunFunctions, Refusal> {
+    if product == Product::Rtx {
+        return Err(Refusal::new(
+            product.title(),
+            "engines of enterprise TensorRT, which mlac runs",
+            "engines of TensorRT for RTX, which it only builds",
+            "build with --backend tensorrt, or run them in a program of your own",
+        ));
+    }
+    let functions =
+        RunFunctions::of(shim).map_err(|error| unusable(library, path, error.to_string()))?;
+    // SAFETY: the function takes nothing and returns a number.
+    let abi = unsafe { (functions.abi)() };
+    if abi != RUN_ABI {
+        let found = format!("interface {abi} to run engines, while this mlac speaks {RUN_ABI}");
+        return Err(unusable(library, path, found));
+    }
+    Ok(functions)
 }
 
 fn load(library: Library, path: &Path) -> Result<libloading::Library> {

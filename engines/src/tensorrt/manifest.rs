@@ -9,11 +9,12 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::builder::{Attention, InputShapes};
+use super::library::Product;
 use super::plugin::PluginRecord;
 use crate::error::{EngineError, Result};
 use crate::ort::CacheLayout;
 
-const NAME: &str = "manifest.json";
+pub(super) const NAME: &str = "manifest.json";
 const FORMAT: u32 = 1;
 
 /// A file of the ONNX folder that the engines were built from.
@@ -156,6 +157,13 @@ impl Manifest {
         Ok(manifest)
     }
 
+    /// Whether the engines are of that product.
+    pub fn is_of(&self, product: Product) -> bool {
+        // The version follows the name, and one name begins with the other.
+        let version = self.runtime.strip_prefix(product.title());
+        version.is_some_and(|v| v.trim_start().starts_with(|c: char| c.is_ascii_digit()))
+    }
+
     /// Refuses a runtime of another name or version than the one that the engines were built with.
     ///
     /// # Errors
@@ -225,6 +233,12 @@ impl Manifest {
     }
 }
 
+/// Whether a file of the ONNX folder is copied beside engines that mlac runs: configuration and tokenizer, not graphs and weights.
+pub(super) fn is_side_file(name: &str) -> bool {
+    let extension = Path::new(name).extension();
+    !extension.is_some_and(|e| e == "onnx" || e == "data")
+}
+
 /// Every regular file of an ONNX folder, in name order.
 pub(super) fn sources(onnx: &Path) -> Result<Vec<SourceRecord>> {
     let mut names = Vec::new();
@@ -257,7 +271,7 @@ pub(super) fn sources(onnx: &Path) -> Result<Vec<SourceRecord>> {
 }
 
 /// Size and digest of a file, read in pieces.
-fn sha256_file(path: &Path) -> Result<(u64, String)> {
+pub(super) fn sha256_file(path: &Path) -> Result<(u64, String)> {
     let mut file = File::open(path).map_err(EngineError::io(path, "open"))?;
     let mut digest = Sha256::new();
     let mut piece = vec![0; 1 << 20];

@@ -52,6 +52,13 @@ impl PluginLibrary {
         &self.path
     }
 
+    /// sha256 of the file, hexadecimal.
+    pub(super) fn digest(&self) -> Result<String> {
+        let bytes =
+            std::fs::read(&self.path).map_err(EngineError::io(&self.path, "read the plugin"))?;
+        Ok(manifest::sha256(&bytes))
+    }
+
     /// Refuses the library when TensorRT's major version (`version` is major * 10000 + minor * 100 + patch) is another one than it was
     /// compiled for: the tables of virtual functions differ.
     ///

@@ -228,9 +228,41 @@ impl Buffer {
         Ok(())
     }
 
+    /// Writes numbers to its beginning; the work before must be done.
+    ///
+    /// # Errors
+    /// More numbers than there is room for, and the driver's.
+    pub fn write<T: Copy>(&self, numbers: &[T]) -> Result<()> {
+        let bytes = size_of_val(numbers) as u64;
+        if bytes > self.region.bytes() {
+            return Err(Refusal::new(
+                "numbers for the GPU",
+                format!(
+                    "at most {} bytes, which the buffer holds",
+                    self.region.bytes()
+                ),
+                format!("{bytes} bytes"),
+                "give fewer",
+            )
+            .into());
+        }
+        if numbers.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the buffer is at least as long as the slice.
+        unsafe { result::memcpy_htod_sync(self.region.address(), numbers) }
+            .map_err(failed("copy to the GPU"))
+    }
+
     /// Reads it back; the work before must be done.
     pub fn download<T: Copy + Default>(&self) -> Result<Vec<T>> {
-        let mut numbers = vec![T::default(); self.region.bytes() as usize / size_of::<T>()];
+        self.read(self.region.bytes() as usize / size_of::<T>())
+    }
+
+    /// Reads `count` numbers from its beginning, or as many as there are; the work before must be done.
+    pub fn read<T: Copy + Default>(&self, count: usize) -> Result<Vec<T>> {
+        let count = count.min(self.region.bytes() as usize / size_of::<T>());
+        let mut numbers = vec![T::default(); count];
         if !numbers.is_empty() {
             // SAFETY: the slice is no longer than the buffer, and any bits are a number.
             unsafe { result::memcpy_dtoh_sync(&mut numbers, self.region.address()) }
@@ -254,6 +286,11 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// The driver's handle, for libraries that enqueue work of their own. It lives as long as the stream.
+    pub fn handle(&self) -> *mut c_void {
+        self.stream.cast()
+    }
+
     /// Waits until all of its work is done.
     pub fn wait(&self) -> Result<()> {
         // SAFETY: the stream exists.

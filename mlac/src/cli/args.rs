@@ -41,16 +41,16 @@ pub enum Command {
     /// Build TensorRT engines from an ONNX folder.
     #[command(after_help = "Example:\n  mlac build onnx/ -o engines/ --target sm89,sm120")]
     Build(BuildArgs),
-    /// Compare two models' logits: checkpoints or ONNX folders. Exit code 1 beyond tolerance.
+    /// Compare two models' logits: checkpoints, ONNX folders or engines. Exit code 1 beyond tolerance.
     #[command(after_help = "Example:\n  mlac verify model/ mla/")]
     Verify(VerifyArgs),
-    /// Perplexity of a checkpoint or an ONNX folder on a text.
+    /// Perplexity of a checkpoint, an ONNX folder or engines on a text.
     #[command(after_help = "Example:\n  mlac eval mla/ --text test.txt --window 2048 --windows 8")]
     Eval(EvalArgs),
     /// Continue a prompt, so that a person can look.
     #[command(after_help = "Example:\n  mlac generate onnx/ --prompt \"The capital of France is\"")]
     Generate(GenerateArgs),
-    /// Time decode steps of one or two ONNX folders by context.
+    /// Time decode steps of one or two ONNX folders or engines by context.
     #[command(after_help = "Example:\n  mlac bench onnx-gqa/ onnx-mla/ --contexts 1K,4K")]
     Bench(BenchArgs),
     /// CUDA kernels: compile them, list and check what is compiled. None of it needs a GPU.
@@ -276,9 +276,9 @@ pub struct BuildArgs {
 /// `mlac verify`.
 #[derive(Debug, Args)]
 pub struct VerifyArgs {
-    /// Reference: checkpoint, GGUF file or ONNX folder.
+    /// Reference: checkpoint, GGUF file, ONNX folder or engines of enterprise TensorRT.
     pub a: PathBuf,
-    /// Candidate: checkpoint, GGUF file or ONNX folder.
+    /// Candidate: checkpoint, GGUF file, ONNX folder or engines of enterprise TensorRT.
     pub b: PathBuf,
     /// Text to run [default: a built-in English text].
     #[arg(long)]
@@ -300,7 +300,7 @@ pub struct VerifyArgs {
 /// `mlac eval`.
 #[derive(Debug, Args)]
 pub struct EvalArgs {
-    /// Checkpoint, GGUF file or ONNX folder.
+    /// Checkpoint, GGUF file, ONNX folder or engines of enterprise TensorRT.
     pub model: PathBuf,
     /// Text to measure on.
     #[arg(long)]
@@ -316,7 +316,7 @@ pub struct EvalArgs {
 /// `mlac generate`.
 #[derive(Debug, Args)]
 pub struct GenerateArgs {
-    /// Checkpoint, GGUF file or ONNX folder.
+    /// Checkpoint, GGUF file, ONNX folder or engines of enterprise TensorRT.
     pub model: PathBuf,
     /// Text to continue.
     #[arg(long)]
@@ -329,9 +329,9 @@ pub struct GenerateArgs {
 /// `mlac bench`.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// ONNX folder.
+    /// ONNX folder, or engines of enterprise TensorRT.
     pub a: PathBuf,
-    /// ONNX folder to compare with.
+    /// ONNX folder or engines to compare with.
     pub b: Option<PathBuf>,
     /// Cached tokens before the timed step.
     #[arg(long, value_delimiter = ',', value_parser = units::tokens, default_value = "1K,4K")]

@@ -1,13 +1,13 @@
-//! Time of a decode step by context, for one or two ONNX folders.
+//! Time of a decode step by context, for one or two folders of graphs or engines.
 //!
 //! Runs take turns, A B A B, so that a machine whose speed drifts is fair to both; the median counts.
 
 use std::path::Path;
 use std::time::Instant;
 
-use mlac_engines::ort::{Decoder, SessionOptions};
 use serde::Serialize;
 
+use super::subject::open_decoder;
 use crate::error::Error;
 use crate::progress::Progress;
 
@@ -31,10 +31,9 @@ pub fn bench(
     threads: usize,
     progress: Progress,
 ) -> Result<Vec<StepTimes>, Error> {
-    let options = SessionOptions::default().with_threads(threads);
     let mut decoders = folders
         .iter()
-        .map(|f| Decoder::open(f, &options))
+        .map(|folder| open_decoder(folder, threads))
         .collect::<Result<Vec<_>, _>>()?;
     let stage = progress.stage("timing decode steps", (contexts.len() * repeats) as u64);
     let mut results = Vec::new();

@@ -1,12 +1,14 @@
 //! ONNX folder to TensorRT engines.
 
+use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use mlac_engines::tensorrt::{
-    Attention, BuildOptions, BuildProgress, BuildReport, Manifest, Product, Profiles, Stale,
+    Attention, BuildOptions, BuildProgress, BuildReport, Manifest, Product, Profiles, Room, Stale,
     Target, build_engines,
 };
 
+use crate::cli::units::show_bytes;
 use crate::error::Error;
 use crate::progress::Progress;
 
@@ -59,6 +61,25 @@ fn timing_cache() -> Option<PathBuf> {
 /// Every file that is no longer what the engines' manifest recorded.
 pub fn stale(engines: &Path, onnx: &Path) -> Result<Vec<Stale>, Error> {
     Ok(Manifest::read(engines)?.check(engines, onnx)?)
+}
+
+/// Memory of the caches for people.
+pub fn room_text(room: Room) -> String {
+    let mut text = format!(
+        "caches in place: {} rows for each of {} sequences, {}\n",
+        room.rows,
+        room.batch,
+        show_bytes(room.bytes)
+    );
+    if room.windowed_layers > 0 {
+        let _ = writeln!(
+            text,
+            "{} layers with a sliding window keep all rows, {} more than their windows: the plugin has no rings",
+            room.windowed_layers,
+            show_bytes(room.beyond_windows)
+        );
+    }
+    text
 }
 
 /// An engine's attention for people.

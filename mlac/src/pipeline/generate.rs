@@ -36,10 +36,10 @@ pub fn generate(
     let ids = tokenizer.encode(prompt)?;
     refuse_empty(&ids, "prompt")?;
     let eos = subject.config().eos_token_ids.clone();
-    let Subject::Onnx { decoder, .. } = subject else {
+    let Subject::Folder { decoder, .. } = subject else {
         return Err(mlac_model::Refusal::new(
             "model to generate with",
-            "an ONNX folder",
+            "an ONNX folder or engines",
             "a checkpoint",
             "run `mlac export` first and give its folder",
         )

@@ -1,9 +1,11 @@
-//! A model to look at, whatever form it has: a checkpoint, a GGUF file or an ONNX folder.
+//! A model to look at, whatever form it has: a checkpoint, a GGUF file, an ONNX folder or an engine folder.
 
 use std::path::{Path, PathBuf};
 
 use mlac_converter::CachePlan;
+use mlac_engines::Decode;
 use mlac_engines::ort::{Decoder, SessionOptions, cached_numbers};
+use mlac_engines::tensorrt::{EngineDecoder, is_engine_folder};
 use mlac_model::tokenizer::Tokenizer;
 use mlac_model::{Checkpoint, ModelConfig, Refusal};
 
@@ -17,51 +19,46 @@ const DECODER: &str = "decoder.onnx";
 pub enum Subject {
     /// Run layer by layer, one layer's weights in memory.
     Checkpoint(Box<Checkpoint>),
-    /// Run through its sessions: a prefill, then steps with the cache.
-    Onnx {
+    /// An ONNX folder or an engine folder, run with its cache: a prefill, then steps.
+    Folder {
         /// The folder.
         folder: PathBuf,
         /// What its config.json says.
         config: Box<ModelConfig>,
-        /// Its sessions.
-        decoder: Box<Decoder>,
+        /// What runs it.
+        decoder: Box<dyn Decode>,
     },
 }
 
 impl Subject {
-    /// Opens a checkpoint, a GGUF file, an ONNX folder, or a folder that `mlac compile` wrote (its ONNX folder).
+    /// Opens a checkpoint, a GGUF file, an ONNX folder, a folder that `mlac compile` wrote (its ONNX folder), or engines of enterprise
+    /// TensorRT, which run on this machine's GPU.
     pub fn open(path: &Path, threads: usize) -> Result<Self, Error> {
-        for folder in [path.to_path_buf(), path.join("onnx")] {
-            if folder.join(DECODER).is_file() {
-                let options = SessionOptions::default().with_threads(threads);
-                let decoder = Box::new(Decoder::open(&folder, &options)?);
-                let config = Box::new(read_config(&folder)?);
-                return Ok(Self::Onnx {
-                    folder,
-                    config,
-                    decoder,
-                });
-            }
-        }
-        Ok(Self::Checkpoint(Box::new(Checkpoint::open(path)?)))
+        let Some(folder) = decoder_folder(path) else {
+            return Ok(Self::Checkpoint(Box::new(Checkpoint::open(path)?)));
+        };
+        Ok(Self::Folder {
+            decoder: open_decoder(&folder, threads)?,
+            config: Box::new(read_config(&folder)?),
+            folder,
+        })
     }
 
     /// The model's configuration.
     pub fn config(&self) -> &ModelConfig {
         match self {
             Self::Checkpoint(checkpoint) => checkpoint.config(),
-            Self::Onnx { config, .. } => config,
+            Self::Folder { config, .. } => config,
         }
     }
 
-    /// Numbers cached of a sequence of `context` tokens: of an ONNX folder what its graph's inputs
-    /// hold.
+    /// Numbers cached of a sequence of `context` tokens: of a folder what its graph's inputs hold.
     pub fn cache_numbers(&self, context: usize) -> u64 {
         match self {
             Self::Checkpoint(checkpoint) => {
                 CachePlan::of(checkpoint.config(), 1).mla_bytes(context)
             }
-            Self::Onnx { decoder, .. } => cached_numbers(&decoder.layouts(), context) as u64,
+            Self::Folder { decoder, .. } => cached_numbers(&decoder.layouts(), context) as u64,
         }
     }
 
@@ -69,12 +66,12 @@ impl Subject {
     pub fn tokenizer(&self) -> Result<Tokenizer, Error> {
         match self {
             Self::Checkpoint(checkpoint) => Ok(checkpoint.tokenizer()?),
-            Self::Onnx { folder, .. } => Ok(Tokenizer::from_folder(folder)?),
+            Self::Folder { folder, .. } => Ok(Tokenizer::from_folder(folder)?),
         }
     }
 
-    /// Calls `each` with the position and its logits `[vocab]` for every token of `ids`; an ONNX
-    /// folder takes the last `steps` tokens one at a time.
+    /// Calls `each` with the position and its logits `[vocab]` for every token of `ids`; a
+    /// folder with a cache takes the last `steps` tokens one at a time.
     pub fn logits(
         &mut self,
         ids: &[u32],
@@ -93,7 +90,7 @@ impl Subject {
                 let mut head = Head::open(checkpoint, &options)?;
                 head.run(&states, 0, each)
             }
-            Self::Onnx { decoder, .. } => {
+            Self::Folder { decoder, .. } => {
                 decoder.reset();
                 let ids: Vec<i64> = ids.iter().map(|&t| i64::from(t)).collect();
                 let prompt = ids.len() - steps.min(ids.len() - 1);
@@ -111,7 +108,23 @@ impl Subject {
     }
 }
 
-/// The configuration in an ONNX folder.
+/// The folder of graphs or engines that `path` is or has.
+fn decoder_folder(path: &Path) -> Option<PathBuf> {
+    [path.to_path_buf(), path.join("onnx")]
+        .into_iter()
+        .find(|folder| folder.join(DECODER).is_file() || is_engine_folder(folder))
+}
+
+/// What runs a folder of graphs (ONNX Runtime) or of engines (TensorRT, on this machine's GPU).
+pub fn open_decoder(folder: &Path, threads: usize) -> Result<Box<dyn Decode>, Error> {
+    if is_engine_folder(folder) {
+        return Ok(Box::new(EngineDecoder::open(folder)?));
+    }
+    let options = SessionOptions::default().with_threads(threads);
+    Ok(Box::new(Decoder::open(folder, &options)?))
+}
+
+/// The configuration in an ONNX folder or an engine folder.
 fn read_config(folder: &Path) -> Result<ModelConfig, Error> {
     let path = folder.join("config.json");
     let bytes = std::fs::read(&path).map_err(|e| Error::io(&path, e))?;

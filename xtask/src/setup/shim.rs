@@ -28,15 +28,21 @@ const FLAGS: [&str; 7] = [
 pub(super) const RTX: Component = Component {
     title: "TensorRT shim",
     folder: "tensorrt_shim",
-    recipe: |context| recipe(&[shim(context)], context),
-    produce: |context, staging| compile(context, staging, "rtx", &[shim(context)], SHIM),
+    recipe: |context| recipe(&shim(context, &["shim.h", "shim.cpp"]), context),
+    produce: |context, staging| {
+        let sources = shim(context, &["shim.cpp"]);
+        compile(context, staging, "rtx", &sources, SHIM)
+    },
 };
 
 pub(super) const ENTERPRISE: Component = Component {
     title: "TensorRT shim for enterprise TensorRT",
     folder: "tensorrt_enterprise_shim",
-    recipe: |context| recipe(&[shim(context)], context),
-    produce: |context, staging| compile(context, staging, "enterprise", &[shim(context)], SHIM),
+    recipe: |context| recipe(&shim(context, &["shim.h", "shim.cpp", "run.cpp"]), context),
+    produce: |context, staging| {
+        let sources = shim(context, &["shim.cpp", "run.cpp"]);
+        compile(context, staging, "enterprise", &sources, SHIM)
+    },
 };
 
 pub(super) const PLUGINS: Component = Component {
@@ -52,8 +58,10 @@ pub(super) const PLUGINS: Component = Component {
     },
 };
 
-fn shim(context: &Context<'_>) -> PathBuf {
-    context.workspace.root().join("engines/shim/shim.cpp")
+/// Files of the shim's source.
+fn shim(context: &Context<'_>, files: &[&str]) -> Vec<PathBuf> {
+    let folder = context.workspace.root().join("engines/shim");
+    files.iter().map(|file| folder.join(file)).collect()
 }
 
 /// Every file of the plugin's source, in name order.

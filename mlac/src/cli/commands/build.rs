@@ -64,6 +64,9 @@ pub(super) fn run(args: &BuildArgs, context: Context) -> Result<bool, Error> {
             build::attention_text(engine.attention)
         );
     }
+    if let Some(room) = report.manifest.room() {
+        text.push_str(&build::room_text(room));
+    }
     for warning in &report.warnings {
         let _ = writeln!(text, "warning: {warning}");
     }
