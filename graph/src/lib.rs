@@ -8,7 +8,7 @@ pub mod builders;
 pub mod error;
 pub mod ir;
 pub mod onnx;
-pub mod passes;
+mod passes;
 pub mod text;
 pub mod validate;
 

@@ -1,4 +1,4 @@
-//! `mlac::LatentAttention` in graphs: the node, the forms that have it, what is refused, the lowering.
+//! `mlac::LatentAttention` in graphs: the node, the forms that have it, what is refused, attention alone.
 
 #![allow(
     missing_docs,
@@ -10,13 +10,13 @@
 
 mod common;
 
-use common::{converted, gpt_oss, llama, qwen2, qwen3};
+use common::{converted, gpt_oss, llama, qwen2};
 use mlac_graph::builders::{
-    DecoderOptions, MlaForm, Runtime, StepForm, StepOptions, decoder_graph, step_graph,
+    DecoderOptions, MlaForm, Runtime, StepForm, StepOptions, decoder_graph, latent_attention_graph,
+    step_graph,
 };
 use mlac_graph::ir::{DType, GraphBuilder, MLAC_DOMAIN, Op};
 use mlac_graph::onnx::{MemoryWeights, to_bytes};
-use mlac_graph::passes::lower_latent_attention;
 use mlac_graph::{Error, ValidGraph};
 use mlac_model::{ExpertFormat, ModelConfig};
 
@@ -214,35 +214,64 @@ fn forms_that_do_not_fit_are_refused() {
     assert!(refusal(wide).contains("expected f16, which its kernels take, found f32"));
 }
 
+/// The attention alone has the decoder's caches in every form, and only the form that asks for the node has it.
 #[test]
-fn the_lowering_leaves_standard_operators_and_the_same_interface() {
+fn attention_alone_has_the_caches_of_its_form() {
     let configurations: [ModelConfig; 3] = [
         converted(llama(2), &[1]),
-        converted(qwen3(2), &[0, 1]),
+        converted(qwen2(2), &[1]),
         converted(gpt_oss(2, ExpertFormat::Dense), &[1]),
     ];
-    for cfg in configurations {
-        for dtype in [DType::F32, DType::F16] {
-            let graph = decoder_graph(&cfg, &form(Runtime::OnnxRuntime, dtype)).unwrap();
-            let lowered = lower_latent_attention(&graph).unwrap();
-            assert!(!operators(&graph).is_empty());
-            assert!(operators(&lowered).is_empty());
-            assert_eq!(graph.input_names(), lowered.input_names());
-            assert_eq!(graph.output_names(), lowered.output_names());
-            for name in [graph.input_names(), graph.output_names()].concat() {
-                assert_eq!(type_of(&graph, name), type_of(&lowered, name), "{name}");
+    let runtimes = [
+        (Runtime::Standard, DType::F32),
+        (Runtime::TensorRt, DType::F16),
+        (Runtime::OnnxRuntime, DType::F32),
+        (Runtime::TensorRtPlugin, DType::F16),
+    ];
+    for cfg in &configurations {
+        for (runtime, dtype) in runtimes {
+            let options = form(runtime, dtype);
+            let alone = latent_attention_graph(cfg, 1, &options).unwrap();
+            assert_eq!(
+                operators(&alone).len(),
+                usize::from(runtime.has_latent_attention())
+            );
+            let whole = decoder_graph(cfg, &options).unwrap();
+            for name in ["past_latent.1", "present_latent.1"] {
+                assert_eq!(type_of(&alone, name), type_of(&whole, name));
             }
+            let (heads, shape) = (cfg.num_attention_heads, cfg.mla_layer(1).unwrap());
+            assert_eq!(
+                type_of(&alone, "sums"),
+                format!("{dtype}[batch, seq, {heads}, {}]", shape.kv_lora_rank)
+            );
+            assert!(!alone.input_names().contains(&"position_ids"));
+            assert_eq!(
+                alone.input_names().contains(&"attention_mask"),
+                runtime != Runtime::TensorRtPlugin
+            );
         }
     }
 }
 
 #[test]
-fn the_lowering_of_a_window_is_refused() {
-    let cfg = converted(qwen2(2), &[0, 1]);
-    assert!(cfg.sliding_window.iter().any(Option::is_some));
-    let graph = decoder_graph(&cfg, &form(Runtime::OnnxRuntime, DType::F32)).unwrap();
-    let error = lower_latent_attention(&graph).unwrap_err().to_string();
-    assert!(error.contains("no sliding window"), "{error}");
+fn attention_alone_is_of_converted_layers_in_absorbed_form() {
+    let cfg = converted(llama(2), &[1]);
+    let refusal = |layer, mla_form| {
+        let options = DecoderOptions {
+            mla_form,
+            ..DecoderOptions::default()
+        };
+        match latent_attention_graph(&cfg, layer, &options) {
+            Err(Error::Refused(refusal)) => refusal.to_string(),
+            other => panic!("not refused: {other:?}"),
+        }
+    };
+    assert_eq!(
+        refusal(0, MlaForm::Absorbed),
+        "attention of layer 0 over latents: expected a converted layer, found one that is not converted; fix: choose one that is"
+    );
+    assert!(refusal(1, MlaForm::Expanded).contains("found the expanded form"));
 }
 
 #[test]

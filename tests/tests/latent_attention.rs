@@ -2,13 +2,13 @@
 
 use mlac_engines::ort::{Dim, HostTensor, OrtSession, SessionOptions, Value};
 use mlac_graph::onnx::{MemoryWeights, to_bytes};
-use mlac_graph::passes::lower_latent_attention;
 use mlac_kernels::arch::Arch;
 use mlac_ort::Isa;
 use mlac_tests::cases::Cases;
-use mlac_tests::latent::backends::{emulator, graph, kernel, lowered, operator};
+use mlac_tests::latent::backends::{emulator, graph, kernel, operator};
 use mlac_tests::latent::problem::{Kind, Problem, Spec};
 use mlac_tests::latent::python;
+use mlac_tests::latent::standard::{self, standard};
 use mlac_tests::{Outcome, text};
 use proptest::prelude::*;
 
@@ -251,41 +251,22 @@ fn the_operator_computes_the_specification() {
     cases.finish(2 * specs.len());
 }
 
+/// What the decoder's standard form is made of, by the same table: one description of attention in operators.
 #[test]
 fn standard_operators_compute_the_specification() {
     let mut cases = Cases::new();
-    let specs: Vec<Spec> = specs().into_iter().filter(in_graphs).collect();
-    let scratch = tempfile::tempdir().unwrap();
-    let mut files = Vec::new();
-    for (i, spec) in specs.iter().enumerate() {
+    let specs: Vec<Spec> = specs().into_iter().filter(standard::has).collect();
+    for spec in &specs {
         let problem = Problem::new(spec.clone());
-        cases.run(problem.name(), || {
-            if spec.window.is_some() {
-                let refused = lowered(&problem).err().unwrap_or_default();
-                if refused.contains("sliding window") {
-                    return Ok(());
-                }
-                return Err(format!("not refused: {refused:?}"));
-            }
-            // MLAS multiplies f16 in f16, and so do its intermediate results.
-            let slack = if spec.kind == Kind::F16 { 4.0 } else { 1.0 };
-            problem.require(&lowered(&problem)?, slack)?;
-            let graph = lower_latent_attention(&graph(&problem)?).map_err(text)?;
-            let folder = scratch.path().join(i.to_string());
-            std::fs::create_dir(&folder).map_err(text)?;
-            let bytes = to_bytes(&graph, &MemoryWeights::new()).map_err(text)?;
-            std::fs::write(folder.join("lowered.onnx"), bytes).map_err(text)?;
-            files.push(folder);
-            Ok(())
-        });
+        for form in standard::FORMS {
+            cases.run(format!("{form:?} {}", problem.name()), || {
+                // MLAS multiplies f16 in f16, and so do its intermediate results.
+                let slack = if spec.kind == Kind::F16 { 4.0 } else { 1.0 };
+                problem.require(&standard(&problem, form)?, slack)
+            });
+        }
     }
-    cases.finish(specs.len());
-    let report = mlac_tests::python::check(&files).unwrap();
-    assert_eq!(report.lines().count(), files.len(), "{report}");
-    assert!(
-        !report.contains("mlac 1"),
-        "a lowered graph needs mlac's operators: {report}"
-    );
+    cases.finish(standard::FORMS.len() * specs.len());
 }
 
 #[test]
@@ -551,8 +532,10 @@ proptest! {
         let problem = Problem::new(spec);
         let answer = operator(&problem, true).map_err(TestCaseError::fail)?;
         problem.require(&answer, 1.0).map_err(TestCaseError::fail)?;
-        if problem.spec.window.is_none() {
-            let answer = lowered(&problem).map_err(TestCaseError::fail)?;
+        let spec = Spec { rope: 2 * (problem.spec.rope / 2 + 1), ..problem.spec };
+        let problem = Problem::new(spec);
+        for form in standard::FORMS {
+            let answer = standard(&problem, form).map_err(TestCaseError::fail)?;
             problem.require(&answer, 1.0).map_err(TestCaseError::fail)?;
         }
     }

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use mlac_model::{Dtype, ModelConfig, Refusal, checkpoint::expected_tensors};
 
 use super::{
-    attention::{self, Attended, gqa, mla},
+    attention::{self, Attended, gqa, latent, mla},
     check,
     context::{Axes, CacheProduct, Context, GqaForm, MlaForm, Runtime},
     head,
@@ -199,6 +199,49 @@ pub fn block_graph(
     for (name, value) in attended.present {
         b.output(&name, value);
     }
+    b.finish()
+}
+
+/// The attention of one converted layer as `docs/latent-attention.md` has it, in the form of the runtime, for comparisons of the
+/// forms with each other and with the page.
+///
+/// Inputs: `query` `[batch, seq, H, r+d_r]`, `new_rows` `[batch, seq, r+d_r]`, and as the decoder has them `attention_mask` (or
+/// `past_lengths`) and the layer's cache. Outputs: `sums` `[batch, seq, H, r]` and the cache. The layer's scale, window and
+/// sinks are those of the configuration. A token that sees nothing has sums of 0 from the node; from
+/// standard operators finite ones of no meaning.
+pub fn latent_attention_graph(
+    cfg: &ModelConfig,
+    layer: usize,
+    options: &DecoderOptions,
+) -> Result<ValidGraph, Error> {
+    check_options(cfg, *options)?;
+    check::layer(cfg, layer)?;
+    let refuse = |expected: &str, found: &str, fix: &str| {
+        let subject = format!("attention of layer {layer} over latents");
+        Error::Refused(Refusal::new(subject, expected, found, fix))
+    };
+    let Some(&shape) = cfg.mla_layer(layer) else {
+        let (expected, fix) = ("a converted layer", "choose one that is");
+        return Err(refuse(expected, "one that is not converted", fix));
+    };
+    if options.mla_form == MlaForm::Expanded {
+        let fix = "choose the absorbed form";
+        return Err(refuse(
+            "queries that meet latents",
+            "the expanded form",
+            fix,
+        ));
+    }
+    let mut b = GraphBuilder::new(&format!("latent_attention.{layer}"));
+    // Before the others, so that the sizes of a step are read off what it must have.
+    let Axes { batch, seq, .. } = cached_axes();
+    let (heads, width) = (cfg.num_attention_heads.into(), shape.cache_width().into());
+    let by_head = vec![batch.clone(), seq.clone(), heads, width];
+    let query = b.input("query", options.dtype, by_head);
+    let rows = vec![batch, seq, shape.cache_width().into()];
+    let new_rows = b.input("new_rows", options.dtype, rows);
+    let mut cx = cached_inputs(&mut b, cfg, *options);
+    latent::alone(&mut b, &mut cx, layer, shape, query, new_rows)?;
     b.finish()
 }
 

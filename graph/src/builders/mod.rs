@@ -20,7 +20,9 @@ mod rope;
 mod step;
 
 pub use context::{CacheProduct, GqaForm, MlaForm, Runtime};
-pub use decoder::{DecoderOptions, block_graph, decoder_graph, decoder_graph_as_stored};
+pub use decoder::{
+    DecoderOptions, block_graph, decoder_graph, decoder_graph_as_stored, latent_attention_graph,
+};
 pub use head::{embed_graph, head_graph};
 pub use layer::{
     LayerOptions, Tap, layer_graph, layer_graph_as_stored, rest_of_layer_graph,

@@ -1,6 +1,3 @@
 //! Passes over a graph. A pass decides; [`crate::ir::GraphBuilder`] applies what it decided.
 
 pub(crate) mod dead;
-mod latent;
-
-pub use latent::lower_latent_attention;

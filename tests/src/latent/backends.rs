@@ -1,4 +1,4 @@
-//! What must give the reference's answer, in Rust: the kernel alone, the operator and its lowering in
+//! What must give the reference's answer, in Rust: the kernel alone, the operator in
 //! ONNX Runtime, the emulator of the CUDA kernels.
 
 use half::{bf16, f16};
@@ -6,7 +6,6 @@ use mlac_engines::ort::{HostData, HostTensor, Kept, OrtSession, SessionOptions, 
 use mlac_graph::ValidGraph;
 use mlac_graph::ir::{DType, GraphBuilder, Op};
 use mlac_graph::onnx::{MemoryWeights, to_bytes};
-use mlac_graph::passes::lower_latent_attention;
 use mlac_kernels::arch::Arch;
 use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::desc::{AttentionDesc, Dtype, Mask};
@@ -138,12 +137,6 @@ pub fn graph(problem: &Problem) -> Outcome<ValidGraph> {
 /// The operator in a session of mlac's, its cache copied or in place.
 pub fn operator(problem: &Problem, in_place: bool) -> Outcome<Answer> {
     session(problem, &graph(problem)?, in_place)
-}
-
-/// Standard operators in its place.
-pub fn lowered(problem: &Problem) -> Outcome<Answer> {
-    let graph = lower_latent_attention(&graph(problem)?).map_err(text)?;
-    session(problem, &graph, false)
 }
 
 fn session(problem: &Problem, graph: &ValidGraph, in_place: bool) -> Outcome<Answer> {

@@ -4,3 +4,4 @@ pub mod backends;
 pub mod problem;
 pub mod python;
 pub mod reference;
+pub mod standard;

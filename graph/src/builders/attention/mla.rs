@@ -8,11 +8,10 @@
 
 use mlac_model::{MlaEncoder, MlaLayer};
 
-use super::{Attended, Reach, append, by_head, from_heads, gqa, keep, latent, softmax};
+use super::{Attended, Reach, append, by_head, from_heads, gqa, latent, softmax};
 use crate::{
     builders::{
         context::{Context, MlaForm},
-        present_latent_name,
         rope::{Angles, rotate},
     },
     error::NodeError,
@@ -63,23 +62,10 @@ pub(in crate::builders) fn attend(
         reach: Reach::of(cx, index),
     };
     let encoded = encode(b, cx, &layer, x)?;
-    if let (true, Some(cache)) = (cx.runtime.has_latent_attention(), past) {
-        return in_place(b, cx, &layer, &encoded, cache);
+    match cx.mla_form {
+        MlaForm::Absorbed => absorbed(b, cx, &layer, &encoded, past),
+        MlaForm::Expanded => expanded(b, cx, &layer, &encoded, past),
     }
-    let cache = append(b, "cache", past, encoded.row, 1)?;
-    let sums = match cx.mla_form {
-        MlaForm::Absorbed => absorbed(b, cx, &layer, &encoded, cache)?,
-        MlaForm::Expanded => expanded(b, cx, &layer, &encoded, cache)?,
-    };
-    Ok(Attended {
-        heads: from_heads(b, "heads", sums)?,
-        present: if past.is_some() {
-            let kept = keep(b, "cache_kept", layer.reach.window, cache, 1)?;
-            vec![(present_latent_name(index), kept)]
-        } else {
-            vec![]
-        },
-    })
 }
 
 fn encode(
@@ -212,71 +198,51 @@ fn value_up(b: &mut GraphBuilder, cx: &Context<'_>, layer: &Layer) -> Result<Val
     b.cast_weight(kv_b(cx, layer, transform, vec![heads, s.kv_lora_rank, d_v]))
 }
 
-/// Queries that meet the cached rows themselves, `[batch, H, seq, w]`.
-fn absorbed_query(
-    b: &mut GraphBuilder,
-    cx: &Context<'_>,
-    layer: &Layer,
-    encoded: &Encoded,
-) -> Result<ValueId, NodeError> {
-    let key_up = key_up(b, cx, layer)?;
-    let query = b.matmul("q_absorbed", encoded.q_nope, key_up)?;
-    b.concat("q_row", &[query, encoded.q_rope], 3)
-}
-
-/// Attention through `mlac::LatentAttention`, which keeps the cache `[batch, capacity, w]`.
-fn in_place(
-    b: &mut GraphBuilder,
-    cx: &mut Context<'_>,
-    layer: &Layer,
-    encoded: &Encoded,
-    cache: ValueId,
-) -> Result<Attended, NodeError> {
-    let query = absorbed_query(b, cx, layer, encoded)?;
-    let query = b.transpose("q_by_token", query, &[0, 2, 1, 3])?;
-    let attention = latent::Attention {
-        query,
-        new_rows: encoded.row,
-        cache,
-        kv_lora_rank: layer.shape.kv_lora_rank,
-        scale: layer.scale,
-    };
-    let (sums, cache) = latent::attend(b, cx, &layer.reach, layer.heads, &attention)?;
-    let sums = b.transpose("sums_by_head", sums, &[0, 2, 1, 3])?;
-    let value_up = value_up(b, cx, layer)?;
-    let sums = b.matmul("values_up", sums, value_up)?;
-    Ok(Attended {
-        heads: from_heads(b, "heads", sums)?,
-        present: vec![(present_latent_name(layer.index), cache)],
-    })
-}
-
-/// Head outputs `[batch, H, seq, d_v]`, the cache being key and value of one shared head.
+/// `mlac::LatentAttention` between the products with `W_UK` and `W_UV`, in the runtime's form.
 fn absorbed(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
     layer: &Layer,
     encoded: &Encoded,
-    cache: ValueId,
-) -> Result<ValueId, NodeError> {
-    let reach = &layer.reach;
-    let query = absorbed_query(b, cx, layer, encoded)?;
-    let sums = if cx.fuses(layer.shape.cache_width()) {
-        let cache = b.unsqueeze("cache_head", cache, &[1])?;
-        softmax::operator(b, cx, reach, layer.scale, query, cache, cache)?
-    } else {
-        let query = b.scale("q_scaled", query, layer.scale)?;
-        softmax::shared(b, cx, reach, query, cache)?
+    past: Option<ValueId>,
+) -> Result<Attended, NodeError> {
+    let key_up = key_up(b, cx, layer)?;
+    let query = b.matmul("q_absorbed", encoded.q_nope, key_up)?;
+    let attention = latent::Attention {
+        layer: layer.index,
+        query: b.concat("q_row", &[query, encoded.q_rope], 3)?,
+        new_rows: encoded.row,
+        past,
+        kv_lora_rank: layer.shape.kv_lora_rank,
+        scale: layer.scale,
     };
-    // The sums over the rotary keys come along, which is cheaper than copying the latents out of
-    // the cache; they are cut off here.
-    let sums = b.slice("latent_sums", sums, 3, 0..layer.shape.kv_lora_rank)?;
+    let latent::Step { sums, present } = latent::attend(b, cx, &layer.reach, &attention)?;
     let value_up = value_up(b, cx, layer)?;
-    b.matmul("values_up", sums, value_up)
+    let heads = b.matmul("values_up", sums, value_up)?;
+    Ok(Attended {
+        heads: from_heads(b, "heads", heads)?,
+        present,
+    })
 }
 
-/// Head outputs `[batch, H, seq, d_v]`, keys and values of every head made from the cache.
+/// Attention over keys and values of every head, made from the cache.
 fn expanded(
+    b: &mut GraphBuilder,
+    cx: &mut Context<'_>,
+    layer: &Layer,
+    encoded: &Encoded,
+    past: Option<ValueId>,
+) -> Result<Attended, NodeError> {
+    let cache = append(b, "cache", past, encoded.row, 1)?;
+    let heads = over_all_heads(b, cx, layer, encoded, cache)?;
+    Ok(Attended {
+        heads: from_heads(b, "heads", heads)?,
+        present: latent::kept(b, &layer.reach, layer.index, past, cache)?,
+    })
+}
+
+/// Head outputs `[batch, H, seq, d_v]`.
+fn over_all_heads(
     b: &mut GraphBuilder,
     cx: &mut Context<'_>,
     layer: &Layer,

@@ -1,7 +1,7 @@
 //! Self-attention of one layer, from the normed input to the output projection.
 
 pub(super) mod gqa;
-mod latent;
+pub(super) mod latent;
 pub(super) mod mla;
 mod softmax;
 
