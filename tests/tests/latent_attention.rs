@@ -281,6 +281,25 @@ fn the_operator_in_python_computes_the_specification() {
     cases.finish(problems.len());
 }
 
+/// Axes that vary keep their names; of a shape with an axis that has neither size nor name nothing is said.
+#[test]
+fn the_runtime_knows_the_shapes_behind_the_operator() {
+    let shapes = python::shapes().unwrap();
+    for case in ["required", "half", "left_out"] {
+        assert_eq!(
+            shapes[case],
+            serde_json::json!({"behind": [3, "batch", "seq", 8], "cache_out": ["batch", "capacity", 12]}),
+            "{case}"
+        );
+    }
+    // The transposition of a tensor of unknown shape is one.
+    assert_eq!(shapes["unnamed"]["behind"], serde_json::json!([]));
+    assert_eq!(
+        shapes["unnamed"]["cache_out"],
+        serde_json::json!(["batch", "capacity", 12])
+    );
+}
+
 #[test]
 fn the_emulated_kernels_compute_the_specification() {
     let mut cases = Cases::new();

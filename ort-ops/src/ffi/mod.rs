@@ -1,6 +1,7 @@
 //! The seam to ONNX Runtime: registration and the table of functions of each operator.
 
 mod api;
+mod infer;
 mod kernel;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
@@ -11,7 +12,8 @@ use std::sync::{Mutex, PoisonError};
 use ort_sys::{
     ONNXTensorElementDataType as Type, ORT_API_VERSION, OrtApi, OrtApiBase, OrtCustomOp,
     OrtCustomOpDomain, OrtCustomOpInputOutputCharacteristic as Presence, OrtErrorCode,
-    OrtKernelContext, OrtKernelInfo, OrtMemType, OrtSessionOptions, OrtStatusPtr,
+    OrtKernelContext, OrtKernelInfo, OrtMemType, OrtSessionOptions, OrtShapeInferContext,
+    OrtStatusPtr,
 };
 
 use self::api::{Api, Status};
@@ -147,7 +149,7 @@ impl Op {
                 GetVariadicOutputHomogeneity: Some(no_variadic),
                 CreateKernelV2: Some(create),
                 KernelComputeV2: Some(compute),
-                InferOutputShapeFn: None,
+                InferOutputShapeFn: Some(infer_shapes),
                 GetStartVersion: Some(version),
                 GetEndVersion: Some(version),
                 GetMayInplace: Some(may_inplace),
@@ -251,6 +253,27 @@ unsafe extern "system" fn release_pairs(inputs: *mut c_int, outputs: *mut c_int)
             drop(unsafe { Box::from_raw(pointer) });
         }
     }
+}
+
+/// The runtime does not say which it is: with two of them in a process nothing is inferred.
+unsafe extern "system" fn infer_shapes(
+    _: *const OrtCustomOp,
+    context: *mut OrtShapeInferContext,
+) -> OrtStatusPtr {
+    let runtime = match DOMAINS
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .as_slice()
+    {
+        &[(runtime, _)] => runtime as *const OrtApi,
+        _ => return OrtStatusPtr::default(),
+    };
+    // SAFETY: the table of the runtime that registered the operator, the only one.
+    let api = Api(unsafe { &*runtime });
+    guard(api, || {
+        // SAFETY: the runtime's own context.
+        unsafe { infer::infer(api, context) }
+    })
 }
 
 unsafe extern "system" fn create(

@@ -26,6 +26,13 @@ pub fn library() -> Outcome<PathBuf> {
         })
 }
 
+/// Shapes that the runtime infers behind the operator, by case and output.
+pub fn shapes() -> Outcome<serde_json::Value> {
+    let mut command = runtime::python("python/latent_shapes.py")?;
+    let said = runtime::output(command.arg(library()?))?;
+    serde_json::from_str(&said).map_err(text)
+}
+
 /// Answers of all problems, by one process.
 pub fn answers(problems: &[Problem], scratch: &Path) -> Outcome<Vec<Answer>> {
     let mut folders = Vec::new();
