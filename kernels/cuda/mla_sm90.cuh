@@ -9,6 +9,7 @@
 // Scores: wgmma m64n{kScoreTokens}k16, both operands in shared memory. Output: m64n{kOutColumns}k16, weights in registers or, exchanged, in
 // shared memory, values the same tile read by columns.
 #pragma once
+#include "common.cuh"
 #include "hopper.cuh"
 
 constexpr int kLatentTiles = kRank / 64;
@@ -270,7 +271,9 @@ MLAC_DEVICE void compute(const DecodeParams& p, u8* memory, u32 shared, u32 full
     named_barrier<5, kConsumers>();
     sum[0] = sums[row] + sums[64 + row];
     sum[1] = sums[row + 8] + sums[64 + row + 8];
-    named_barrier<6, kConsumers>();  // read: the next piece may write
+    // No barrier after the reading: the other warpgroup writes sums again behind two barriers of the next piece's tiles, or, when that piece
+    // has none, behind its queries, which come when every warp has said below that it is done with these.
+    __syncwarp();
 #endif
     float inverse[2];
     const bool store = lane % 4 == 0;
