@@ -4,6 +4,7 @@
 // w + kWarps, ... of the piece through a private ring in shared memory, so no warp ever waits for another; the warps' results are
 // added at the end, in order. The cache is read once, in 16-byte pieces that bypass L1.
 #pragma once
+#include "common.cuh"
 #include "mma.cuh"
 
 constexpr int kRows = kHeads * kQueryTokens;

@@ -3,7 +3,7 @@
 // Shared-memory tiles are 64 columns of 2 bytes wide (128-byte rows) with the 128-byte swizzle that TMA writes:
 // byte address bits 4..6 are xored with bits 7..9. A tile starts at a multiple of 1024 bytes.
 #pragma once
-#include "common.cuh"
+#include "ptx.cuh"
 
 // CUtensorMap: opaque to the kernel.
 struct alignas(128) TensorMap {

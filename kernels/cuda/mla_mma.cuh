@@ -7,6 +7,7 @@
 // An FP8 cache's tiles come as they lie in the cache, and become f16 in the one tile that is multiplied. `sm90_fp8.cuh` says what
 // the factors of the tokens do to scores, maxima and weights.
 #pragma once
+#include "common.cuh"
 #include "mma.cuh"
 #if MLAC_FP8
 #include "fp8.cuh"

@@ -1,6 +1,6 @@
 // Building blocks of the kernels for sm_80 and later: cp.async, ldmatrix, mma.sync m16n8k16.
 #pragma once
-#include "common.cuh"
+#include "ptx.cuh"
 
 MLAC_DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
 

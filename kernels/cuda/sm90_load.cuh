@@ -1,5 +1,6 @@
 // The loading side of the ring on sm_90a: one thread walks the CTA's pieces by itself, ahead of those who compute.
 #pragma once
+#include "common.cuh"
 #include "hopper.cuh"
 
 // Every tile of this CTA's pieces, each into the next stage when it is free. `load(piece, page, stage, full)` asks for `bytes` bytes.

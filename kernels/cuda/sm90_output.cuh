@@ -1,5 +1,6 @@
 // The end of a piece in `mla_sm90.cuh`: halves of a warpgroup's columns exchanged, added, scaled, stored.
 #pragma once
+#include "common.cuh"
 #include "hopper.cuh"
 
 // Writes a half of this thread's columns where `out` starts; rows that are no heads are left out.

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Runs FlashMLA and FlashAttention-3 on the GPU check's problems and times them on its shapes.
+"""Runs FlashMLA, FlashAttention-3 and PyTorch's own attention on the GPU check's problems and times them on its shapes.
 
     python3 run_peers.py EXTENSIONS WORK REPEATS
 
@@ -9,7 +9,8 @@ outputs and log-sum-exps are left there in f32, and judged by the program that c
 
 The calls are those of vllm's own Python: FlashMLA's dense decode, and FlashAttention-3's forward on paged caches, with q_v for a latent
 cache. Where a peer takes no sinks, its output times sigmoid(lse - sink) is what it would be with them; the
-correction is not timed. FlashMLA's division of the work is made once and kept between timed calls; ours is timed with every call.
+correction is not timed. PyTorch's own attention (scaled_dot_product_attention) knows no pages: it gets each request's tokens one
+behind the other. FlashMLA's division of the work is made once and kept between timed calls; ours is timed with every call.
 """
 
 import glob
@@ -75,7 +76,23 @@ def fa3_grouped(case, q, cache, values, lengths, pages, sinks):
     return call, False
 
 
-PEERS = {"flashmla": flashmla, "fa3-latent": fa3_latent, "fa3-grouped": fa3_grouped}
+def sdpa_grouped(case, q, cache, values, lengths, pages, sinks):
+    """The caches hold each request's pages in order; there is one query token, which sees all of its request."""
+    batch, count = pages.shape
+    seen = torch.arange(count * 64, device=pages.device)[None] < lengths[:, None]
+    mask = None if bool(seen.all()) else seen[:, None, None, :]
+
+    def call(cache, values):
+        heads = lambda x: x.view(batch, count * 64, case["kv_heads"], case["out_row"]).transpose(1, 2)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q.transpose(1, 2), heads(cache), heads(values), attn_mask=mask, scale=case["scale"], enable_gqa=True
+        )
+        return out.transpose(1, 2), None
+
+    return call, False
+
+
+PEERS = {"flashmla": flashmla, "fa3-latent": fa3_latent, "fa3-grouped": fa3_grouped, "sdpa-grouped": sdpa_grouped}
 
 
 def bits(path, shape):
@@ -92,15 +109,17 @@ def check(work, case):
     lengths = torch.tensor(case["lengths"], dtype=torch.int32, device="cuda")
     pages = torch.tensor(case["pages"], dtype=torch.int32, device="cuda").reshape(case["batch"], -1)
     sinks = torch.tensor(case["sinks"], dtype=torch.float32, device="cuda") if case["sinks"] else None
+    if case["peer"] == "sdpa-grouped":
+        cache, values = (x[pages.long()].reshape(-1, 64, width) for x in (cache, values))
     call, correct = PEERS[case["peer"]](case, q, cache, values, lengths, pages, sinks)
     out, lse = call(cache, values)
-    out, lse = out.float(), lse.float()
+    out = out.float()
     if correct and sinks is not None:
-        out = out * torch.sigmoid(lse - sinks).unsqueeze(-1)
-    has_lse = correct or sinks is None
+        out = out * torch.sigmoid(lse.float() - sinks).unsqueeze(-1)
+    has_lse = lse is not None and (correct or sinks is None)
     out.contiguous().cpu().numpy().tofile(at("out"))
     if has_lse:
-        lse.contiguous().cpu().numpy().tofile(at("lse"))
+        lse.float().contiguous().cpu().numpy().tofile(at("lse"))
 
 
 def time(case, batch, context, repeats, l2):

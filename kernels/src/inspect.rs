@@ -148,8 +148,24 @@ impl Report {
         config: &AttentionConfig,
         log: &str,
     ) -> Vec<String> {
+        self.against(
+            &Source::of(desc, config).functions,
+            config.threads,
+            config.expected_instructions(desc),
+            log,
+        )
+    }
+
+    /// The same for functions of any source; `threads` are those of a CTA of the first.
+    pub fn against(
+        &self,
+        wanted: &[&str],
+        threads: u32,
+        expected: Expected,
+        log: &str,
+    ) -> Vec<String> {
         let mut complaints = Vec::new();
-        for name in Source::of(desc, config).functions {
+        for &name in wanted {
             if !self.functions.iter().any(|f| f.name == name) {
                 complaints.push(format!("no function {name} in it"));
             }
@@ -161,11 +177,12 @@ impl Report {
                     f.name, f.stack, f.local
                 ));
             }
-            if u64::from(f.registers) * u64::from(config.threads) > 65536 && f.name == "mlac_decode"
+            if u64::from(f.registers) * u64::from(threads) > 65536
+                && wanted.first() == Some(&&*f.name)
             {
                 complaints.push(format!(
-                    "{}: {} registers x {} threads do not fit into 65536",
-                    f.name, f.registers, config.threads
+                    "{}: {} registers x {threads} threads do not fit into 65536",
+                    f.name, f.registers
                 ));
             }
         }
@@ -181,7 +198,7 @@ impl Report {
             utmaldg,
             ublkcp,
             hmma,
-        } = config.expected_instructions(desc);
+        } = expected;
         for (name, found, expected) in [
             ("HGMMA", i.hgmma, hgmma),
             ("UTMALDG", i.utmaldg, utmaldg),

@@ -17,6 +17,7 @@ pub mod gpu_check;
 pub mod inspect;
 pub mod launch;
 pub mod layout;
+pub mod matmul;
 pub mod nvrtc;
 pub mod params;
 pub mod plan;

@@ -1,4 +1,5 @@
-//! The parameter structures of the kernels, field by field as in `cuda/common.cuh`, `cuda/append.cuh` and `cuda/store.cuh`.
+//! The parameter structures of the kernels, field by field as in `cuda/common.cuh`, `cuda/append.cuh`, `cuda/store.cuh` and
+//! `cuda/matmul.cuh`.
 
 /// A device address.
 pub type Address = u64;
@@ -85,6 +86,22 @@ pub struct StoreParams {
     pub cache_pages: i32,
 }
 
+/// `MatmulParams`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[expect(
+    missing_docs,
+    reason = "documented where the kernels read them: cuda/matmul.cuh"
+)]
+pub struct MatmulParams {
+    pub a: Address,
+    pub b: Address,
+    pub out: Address,
+    pub rows: i32,
+    pub columns: i32,
+    pub depth: i32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -138,6 +155,12 @@ mod tests {
                 "StoreParams",
                 format!("{:?}", StoreParams::default()),
                 size_of::<StoreParams>(),
+            ),
+            (
+                "matmul.cuh",
+                "MatmulParams",
+                format!("{:?}", MatmulParams::default()),
+                size_of::<MatmulParams>(),
             ),
         ] {
             let theirs = fields(file, name);

@@ -7,7 +7,7 @@ use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype, Mask};
 use crate::layout::Descriptor;
 
 /// The files that `#include` finds.
-pub const HEADERS: [(&str, &str); 17] = [
+pub const HEADERS: [(&str, &str); 20] = [
     ("append.cuh", include_str!("../cuda/append.cuh")),
     ("combine.cuh", include_str!("../cuda/combine.cuh")),
     ("common.cuh", include_str!("../cuda/common.cuh")),
@@ -15,6 +15,9 @@ pub const HEADERS: [(&str, &str); 17] = [
     ("gqa_mma.cuh", include_str!("../cuda/gqa_mma.cuh")),
     ("gqa_sm90.cuh", include_str!("../cuda/gqa_sm90.cuh")),
     ("hopper.cuh", include_str!("../cuda/hopper.cuh")),
+    ("matmul.cuh", include_str!("../cuda/matmul.cuh")),
+    ("matmul_mma.cuh", include_str!("../cuda/matmul_mma.cuh")),
+    ("matmul_sm90.cuh", include_str!("../cuda/matmul_sm90.cuh")),
     ("mla_mma.cuh", include_str!("../cuda/mla_mma.cuh")),
     ("mla_sm90.cuh", include_str!("../cuda/mla_sm90.cuh")),
     ("mma.cuh", include_str!("../cuda/mma.cuh")),
@@ -177,7 +180,7 @@ fn operands(constraint: &str, name: &str, count: u32) -> String {
 }
 
 /// `d (+)= a * b` with so many tokens: both operands in shared memory, both contiguous along the multiplied dimension.
-fn wgmma_scores(dtype: Dtype, tokens: u32) -> String {
+pub(crate) fn wgmma_scores(dtype: Dtype, tokens: u32) -> String {
     let count = tokens / 2;
     format!(
         "MLAC_DEVICE void wgmma_scores(float (&d)[{count}], u64 a, u64 b, int add) {{\n  asm volatile(\n      \"{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{}, 0;\\n\"\n      \

@@ -8,6 +8,7 @@
 )]
 
 use mlac_kernels::config::AttentionConfig;
+use mlac_kernels::matmul::Matmul;
 use mlac_kernels::{
     Arch, Attention, AttentionDesc, Cache, CacheDtype, Compiler, Dtype, KernelError, Mask, Report,
     Source, Toolchain,
@@ -207,20 +208,42 @@ fn grouped_decode() {
 }
 
 #[test]
+fn the_dense_product() {
+    let (toolchain, compiler) = toolchain();
+    let folder = tempfile::tempdir().unwrap();
+    let mut complaints = Vec::new();
+    for arch in Arch::ALL {
+        let matmul = Matmul::of(arch);
+        let compiled = compiler
+            .compile("matmul", &matmul.source(), arch)
+            .unwrap_or_else(|error| panic!("{error}"));
+        let path = folder.path().join(format!("{arch}.cubin"));
+        std::fs::write(&path, compiled.cubin).unwrap();
+        let report = Report::of(&toolchain, &path).unwrap();
+        for complaint in report.against(
+            &[Matmul::FUNCTION],
+            matmul.threads,
+            matmul.expected_instructions(),
+            &compiled.log,
+        ) {
+            complaints.push(format!("{arch}: {complaint}"));
+        }
+    }
+    assert!(complaints.is_empty(), "{}", complaints.join("\n"));
+}
+
+/// On every architecture, by a compiler that was loaded anew.
+#[test]
 fn two_builds_have_the_same_bytes() {
-    let desc = gpt_oss(128, Arch::Sm90a);
-    let config = AttentionConfig::choose(&desc).unwrap();
-    let source = Source::of(&desc, &config);
-    let build = || {
-        toolchain()
-            .1
-            .compile("twice", &source, desc.arch)
-            .unwrap()
-            .cubin
-    };
-    let first = build();
-    assert!(first.starts_with(b"\x7fELF"));
-    assert_eq!(first, build());
+    for arch in Arch::ALL {
+        let desc = gpt_oss(128, arch);
+        let config = AttentionConfig::choose(&desc).unwrap();
+        let source = Source::of(&desc, &config);
+        let build = || toolchain().1.compile("twice", &source, arch).unwrap().cubin;
+        let first = build();
+        assert!(first.starts_with(b"\x7fELF"));
+        assert!(first == build(), "{arch}: two builds differ");
+    }
 }
 
 #[test]

@@ -10,13 +10,14 @@ use crate::problem::{Problem, Random, bits};
 
 use super::pack::{Pack, Packed};
 use super::parity::place;
+use super::peers::Peer;
 use super::results::{Bench, Split};
 use super::run::Options;
 
 /// Batches and contexts on which the smallest piece of a divided cache matters.
 const SPLIT_SHAPES: [(u32, u32); 4] = [(1, 4096), (1, 32_768), (8, 8192), (32, 4096)];
 
-fn median(mut numbers: Vec<f64>) -> f64 {
+pub(super) fn median(mut numbers: Vec<f64>) -> f64 {
     numbers.sort_by(f64::total_cmp);
     numbers.get(numbers.len() / 2).copied().unwrap_or(f64::NAN)
 }
@@ -136,23 +137,43 @@ fn pattern(desc: &AttentionDesc, random: &mut Random) -> Vec<u8> {
         .collect()
 }
 
-/// The figures of a time: what was moved and computed.
-pub(super) fn figures(desc: &AttentionDesc, shape: Shape, microseconds: f64, copy: f64) -> Bench {
+/// What the GPU can do, measured in the same run.
+#[derive(Clone, Copy)]
+pub(super) struct Most {
+    /// Of a copy.
+    pub(super) gigabytes_per_second: f64,
+    /// Of a dense product, where there is one.
+    pub(super) teraflops: Option<f64>,
+}
+
+/// GB/s and TFLOP/s of a time: what was moved and computed.
+pub(super) fn rates(desc: &AttentionDesc, shape: Shape, microseconds: f64) -> (f64, f64) {
     let Shape { batch, context } = shape;
     let seen = u64::from(desc.window.unwrap_or(context).min(context)) * u64::from(batch);
     let rows = u64::from(batch * desc.query_tokens * desc.query_heads);
     let bytes =
         seen * desc.cache_bytes_per_token() + rows * u64::from(desc.row() + desc.out_row()) * 2;
-    let gigabytes_per_second = bytes as f64 / microseconds / 1e3;
+    let operations = seen * desc.operations_per_token();
+    (
+        bytes as f64 / microseconds / 1e3,
+        operations as f64 / microseconds / 1e6,
+    )
+}
+
+/// The figures of a time, as they are and beside what the GPU can do.
+pub(super) fn figures(desc: &AttentionDesc, shape: Shape, microseconds: f64, most: Most) -> Bench {
+    let (gigabytes_per_second, teraflops) = rates(desc, shape, microseconds);
     Bench {
         kernel: desc.slug(),
-        batch,
-        context,
+        batch: shape.batch,
+        context: shape.context,
         microseconds,
         gigabytes_per_second,
-        teraflops: (seen * desc.operations_per_token()) as f64 / microseconds / 1e6,
-        copy_fraction: gigabytes_per_second / copy,
+        teraflops,
+        copy_fraction: gigabytes_per_second / most.gigabytes_per_second,
+        matmul_fraction: most.teraflops.map(|most| teraflops / most),
         over_gqa: None,
+        over_best_gqa: None,
     }
 }
 
@@ -201,41 +222,104 @@ pub(super) fn splits(
     Ok(found)
 }
 
-/// Fills in how much faster each latent kernel is than grouped queries on the same shape.
-pub(super) fn compare_with_gqa(packed: &[&Packed], benches: &mut [Bench]) {
+/// Fills in how much faster each latent kernel is than grouped queries on the same shape: than ours, and than the fastest of the run.
+pub(super) fn compare_with_gqa(packed: &[&Packed], peers: &[Peer], benches: &mut [Bench]) {
     let of = |slug: &str| {
         packed
             .iter()
             .find(|p| p.desc.slug() == slug)
             .map(|p| p.desc)
     };
-    let grouped: Vec<(AttentionDesc, u32, u32, f64)> = benches
+    let is_grouped = |desc: &AttentionDesc| matches!(desc.attention, Attention::Grouped { .. });
+    let ours: Vec<(AttentionDesc, u32, u32, f64)> = benches
         .iter()
-        .filter_map(|b| {
-            let desc = of(&b.kernel)?;
-            matches!(desc.attention, Attention::Grouped { .. }).then_some((
-                desc,
-                b.batch,
-                b.context,
-                b.microseconds,
-            ))
-        })
+        .filter_map(|b| Some((of(&b.kernel)?, b.batch, b.context, b.microseconds)))
+        .filter(|(desc, ..)| is_grouped(desc))
         .collect();
+    let theirs = peers
+        .iter()
+        .filter_map(|p| Some((p.desc, p.batch, p.context, p.microseconds?)))
+        .filter(|(desc, ..)| is_grouped(desc));
+    let all: Vec<_> = ours.iter().copied().chain(theirs).collect();
     for bench in benches.iter_mut() {
-        let Some(desc) = of(&bench.kernel) else {
+        let Some(desc) = of(&bench.kernel).filter(|desc| !is_grouped(desc)) else {
             continue;
         };
-        if matches!(desc.attention, Attention::Grouped { .. }) {
-            continue;
-        }
-        bench.over_gqa = grouped
-            .iter()
-            .find(|(g, batch, context, _)| {
-                g.query_tokens == desc.query_tokens
-                    && g.query_heads == desc.query_heads
-                    && g.window == desc.window
-                    && (*batch, *context) == (bench.batch, bench.context)
-            })
-            .map(|(.., microseconds)| microseconds / bench.microseconds);
+        // Sinks are left out of it: a peer without them has less to do, if anything.
+        let fastest = |times: &[(AttentionDesc, u32, u32, f64)]| {
+            times
+                .iter()
+                .filter(|(g, batch, context, _)| {
+                    g.query_tokens == desc.query_tokens
+                        && g.query_heads == desc.query_heads
+                        && g.window == desc.window
+                        && (*batch, *context) == (bench.batch, bench.context)
+                })
+                .map(|(.., microseconds)| microseconds / bench.microseconds)
+                .min_by(f64::total_cmp)
+        };
+        bench.over_gqa = fastest(&ours);
+        bench.over_best_gqa = fastest(&all);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Arch, Report};
+
+    #[test]
+    fn the_fastest_grouped_queries_of_the_run_are_found() {
+        let latent = AttentionDesc::latent(64, 256, 64, Arch::Sm90a);
+        let grouped = AttentionDesc::grouped(64, 8, 64, Arch::Sm90a);
+        let pack = |desc: AttentionDesc| Packed {
+            file: String::new(),
+            sha256: String::new(),
+            config: AttentionConfig::choose(&desc).unwrap(),
+            desc,
+            report: Report {
+                functions: Vec::new(),
+                instructions: crate::inspect::Instructions::default(),
+            },
+        };
+        let (latent, grouped) = (pack(latent), pack(grouped));
+        let shape = Shape {
+            batch: 1,
+            context: 4096,
+        };
+        let most = Most {
+            gigabytes_per_second: 1.0,
+            teraflops: None,
+        };
+        let mut benches = [
+            figures(&latent.desc, shape, 10.0, most),
+            figures(&grouped.desc, shape, 40.0, most),
+        ];
+        let peer = |desc: AttentionDesc, context, microseconds| Peer {
+            name: String::new(),
+            desc,
+            batch: 1,
+            context,
+            microseconds,
+            gigabytes_per_second: 1.0,
+            teraflops: 1.0,
+            complaint: None,
+        };
+        let windowed = AttentionDesc {
+            window: Some(128),
+            ..grouped.desc
+        };
+        let peers = [
+            peer(grouped.desc, 4096, Some(30.0)),
+            // Another context, another window, a latent, one that failed: none of them counts.
+            peer(grouped.desc, 64, Some(1.0)),
+            peer(windowed, 4096, Some(1.0)),
+            peer(latent.desc, 4096, Some(1.0)),
+            peer(grouped.desc, 4096, None),
+        ];
+        compare_with_gqa(&[&latent, &grouped], &peers, &mut benches);
+        assert_eq!(benches[0].over_gqa, Some(4.0));
+        assert_eq!(benches[0].over_best_gqa, Some(3.0));
+        assert_eq!(benches[1].over_best_gqa, None);
     }
 }

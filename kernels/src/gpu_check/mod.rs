@@ -3,6 +3,7 @@
 //! [`pack()`] fills the folder where the toolchain is; [`self_test`] checks it on any CPU; [`run()`] checks and times it on a GPU.
 
 mod bench;
+mod matmul;
 mod pack;
 mod parity;
 mod peers;
@@ -11,9 +12,9 @@ mod run;
 mod sanitize;
 mod svg;
 
-pub use pack::{Pack, Packed, self_test};
+pub use pack::{Pack, Packed, PackedProduct, self_test};
 pub use peers::Peer;
-pub use results::{AppendParity, Bench, Parity, Results, Split};
+pub use results::{AppendParity, Bench, Parity, Product, Results, Split};
 pub use run::{Options, run};
 pub use sanitize::Sanitized;
 

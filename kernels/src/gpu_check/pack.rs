@@ -13,6 +13,7 @@ use crate::config::AttentionConfig;
 use crate::desc::AttentionDesc;
 use crate::emulate::emulate;
 use crate::error::{KernelError, Result};
+use crate::matmul::Matmul;
 use crate::nvrtc::Compiler;
 use crate::problem::{Problem, compare};
 use crate::toolchain::Toolchain;
@@ -32,6 +33,21 @@ pub struct Pack {
     pub kernels: Vec<Packed>,
     /// The same with other smallest pieces of a divided cache.
     pub splits: Vec<Packed>,
+    /// The dense product of each architecture.
+    pub products: Vec<PackedProduct>,
+}
+
+/// The cubin of a dense product.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PackedProduct {
+    /// File in the folder.
+    pub file: String,
+    /// SHA-256 of it.
+    pub sha256: String,
+    /// The GPU.
+    pub arch: Arch,
+    /// Registers and instructions.
+    pub report: Report,
 }
 
 /// A cubin of a pack.
@@ -61,20 +77,15 @@ pub(super) fn pack(folder: &Path, archs: &[Arch]) -> Result<Pack> {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         kernels: Vec::new(),
         splits: Vec::new(),
+        products: Vec::new(),
     };
     let add = |desc: AttentionDesc, config: AttentionConfig, file: String| -> Result<Packed> {
         let cubin = cache.get_with(&desc, config, &compiler)?;
         let report = Report::of(&toolchain, &cubin.path)?;
-        let complaints = report.complaints(&desc, &cubin.entry.config, &cubin.entry.log);
-        if !complaints.is_empty() {
-            return Err(Refusal::new(
-                desc.slug(),
-                "a cubin that passes the static checks",
-                complaints.join("; "),
-                "run `cargo test -p mlac-kernels`",
-            )
-            .into());
-        }
+        passed(
+            &desc.slug(),
+            &report.complaints(&desc, &cubin.entry.config, &cubin.entry.log),
+        )?;
         let path = folder.join(&file);
         fs::write(&path, &cubin.bytes).map_err(KernelError::io(&path, "write"))?;
         Ok(Packed {
@@ -99,6 +110,8 @@ pub(super) fn pack(folder: &Path, archs: &[Arch]) -> Result<Pack> {
                 pack.splits.push(add(desc, config, file)?);
             }
         }
+        pack.products
+            .push(product(folder, arch, &compiler, &toolchain)?);
     }
     for (name, text) in PEERS {
         let path = folder.join(name);
@@ -112,6 +125,48 @@ pub(super) fn pack(folder: &Path, archs: &[Arch]) -> Result<Pack> {
         .map_err(|error| KernelError::io(&list, "write")(error.into()))?;
     fs::write(&list, text).map_err(KernelError::io(&list, "write"))?;
     Ok(pack)
+}
+
+fn passed(kernel: &str, complaints: &[String]) -> Result<()> {
+    if complaints.is_empty() {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        kernel,
+        "a cubin that passes the static checks",
+        complaints.join("; "),
+        "run `cargo test -p mlac-kernels`",
+    )
+    .into())
+}
+
+/// Compiles an architecture's dense product into the folder.
+fn product(
+    folder: &Path,
+    arch: Arch,
+    compiler: &Compiler,
+    toolchain: &Toolchain,
+) -> Result<PackedProduct> {
+    let matmul = Matmul::of(arch);
+    let name = format!("matmul-{arch}");
+    let compiled = compiler.compile(&name, &matmul.source(), arch)?;
+    let file = format!("{name}.cubin");
+    let path = folder.join(&file);
+    fs::write(&path, &compiled.cubin).map_err(KernelError::io(&path, "write"))?;
+    let report = Report::of(toolchain, &path)?;
+    let complaints = report.against(
+        &[Matmul::FUNCTION],
+        matmul.threads,
+        matmul.expected_instructions(),
+        &compiled.log,
+    );
+    passed(&name, &complaints)?;
+    Ok(PackedProduct {
+        file,
+        sha256: digest(&compiled.cubin),
+        arch,
+        report,
+    })
 }
 
 impl Pack {
@@ -138,15 +193,20 @@ impl Pack {
     /// # Errors
     /// When the file is missing or another one.
     pub fn cubin(&self, folder: &Path, packed: &Packed) -> Result<Vec<u8>> {
-        let path = folder.join(&packed.file);
+        Self::bytes(folder, &packed.file, &packed.sha256)
+    }
+
+    /// A file's bytes, if their digest is this one.
+    pub(super) fn bytes(folder: &Path, file: &str, sha256: &str) -> Result<Vec<u8>> {
+        let path = folder.join(file);
         let bytes = fs::read(&path).map_err(KernelError::io(&path, "read"))?;
         let found = digest(&bytes);
-        if found == packed.sha256 {
+        if found == sha256 {
             return Ok(bytes);
         }
         Err(Refusal::new(
             path.display().to_string(),
-            format!("sha256 {}", packed.sha256),
+            format!("sha256 {sha256}"),
             found,
             "pack the folder again, or copy it whole",
         )
@@ -155,11 +215,7 @@ impl Pack {
 }
 
 /// Whether the driver of an architecture would take the file: a CUDA ELF of that architecture with these functions.
-fn loadable(
-    bytes: &[u8],
-    desc: &AttentionDesc,
-    functions: &[String],
-) -> std::result::Result<(), String> {
+fn loadable(bytes: &[u8], arch: Arch, report: &Report) -> std::result::Result<(), String> {
     // ELF header: class and byte order at 4 and 5, machine at 18, flags at 48.
     if bytes.len() < 64 || !bytes.starts_with(b"\x7fELF\x02\x01") {
         return Err("not a 64-bit little-endian ELF file".into());
@@ -169,13 +225,14 @@ fn loadable(
         return Err(format!("ELF machine {machine}, expected 190 (CUDA)"));
     }
     let flags = u32::from_le_bytes([bytes[48], bytes[49], bytes[50], bytes[51]]);
-    let (major, minor) = desc.arch.capability();
+    let (major, minor) = arch.capability();
     // Since CUDA 13 the architecture is in bits 8 to 15 of the flags; before, in bits 0 to 7.
-    let arch = major * 10 + minor;
-    if flags >> 8 & 0xff != arch && flags & 0xff != arch {
-        return Err(format!("ELF flags {flags:#x} are not of {}", desc.arch));
+    let number = major * 10 + minor;
+    if flags >> 8 & 0xff != number && flags & 0xff != number {
+        return Err(format!("ELF flags {flags:#x} are not of {arch}"));
     }
-    for name in functions {
+    for function in &report.functions {
+        let name = &function.name;
         let section = format!(".text.{name}\0");
         if !bytes
             .windows(section.len())
@@ -204,13 +261,7 @@ pub fn self_test(folder: &Path) -> Result<String> {
             ))
         };
         let bytes = pack.cubin(folder, packed)?;
-        let functions: Vec<String> = packed
-            .report
-            .functions
-            .iter()
-            .map(|f| f.name.clone())
-            .collect();
-        loadable(&bytes, &packed.desc, &functions)
+        loadable(&bytes, packed.desc.arch, &packed.report)
             .map_err(|found| refuse("a cubin that a driver loads", found))?;
         let mut choice = AttentionConfig::choose(&packed.desc)?;
         if choice.min_split != packed.config.min_split {
@@ -232,6 +283,17 @@ pub fn self_test(folder: &Path) -> Result<String> {
         }
         seen += 1;
     }
+    for packed in &pack.products {
+        let bytes = Pack::bytes(folder, &packed.file, &packed.sha256)?;
+        loadable(&bytes, packed.arch, &packed.report).map_err(|found| {
+            Refusal::new(
+                packed.file.clone(),
+                "a cubin that a driver loads",
+                found,
+                "pack the folder again with this version",
+            )
+        })?;
+    }
     if seen == 0 {
         return Err(Refusal::new(
             folder.join(LIST).display().to_string(),
@@ -242,6 +304,8 @@ pub fn self_test(folder: &Path) -> Result<String> {
         .into());
     }
     Ok(format!(
-        "{seen} cubins: digests, ELF headers, choices and emulator parity hold; not run on a GPU"
+        "{seen} cubins: digests, ELF headers, choices and emulator parity hold; {} dense products: digests and ELF headers; \
+         not run on a GPU",
+        pack.products.len()
     ))
 }

@@ -9,7 +9,7 @@ use std::process::{Command, Stdio};
 use mlac_model::Refusal;
 use serde::{Deserialize, Serialize};
 
-use super::bench::{Shape, figures};
+use super::bench::{Shape, rates};
 use super::run::Options;
 use crate::Arch;
 use crate::desc::{Attention, AttentionDesc, Mask};
@@ -27,6 +27,9 @@ pub(super) const FILES: [(&str, &str); 2] = [
 pub struct Peer {
     /// The peer and the request.
     pub name: String,
+    /// The request.
+    #[serde(skip)]
+    pub desc: AttentionDesc,
     /// Requests.
     pub batch: u32,
     /// Cached tokens of each, or of the longest.
@@ -122,6 +125,18 @@ fn requests() -> Vec<(&'static str, AttentionDesc)> {
                 sinks: false,
                 ..AttentionDesc::grouped(32, 8, 128, Arch::Sm90a)
             },
+        ),
+        // PyTorch's own attention has no sinks, and no log-sum-exp to correct it by.
+        (
+            "sdpa-grouped",
+            AttentionDesc {
+                sinks: false,
+                ..grouped
+            },
+        ),
+        (
+            "sdpa-grouped",
+            AttentionDesc::grouped(32, 8, 128, Arch::Sm90a),
         ),
     ]
 }
@@ -237,6 +252,7 @@ fn judge(work: &Path, cases: &[Case]) -> Result<Vec<Peer>> {
         let failed = complaint.is_some();
         peers.push(Peer {
             name: name.clone(),
+            desc: case.problem.desc,
             batch: case.batch,
             context: case.most,
             microseconds: None,
@@ -256,14 +272,15 @@ fn judge(work: &Path, cases: &[Case]) -> Result<Vec<Peer>> {
                 batch: time.batch,
                 context: time.context,
             };
-            let figures = figures(&case.problem.desc, shape, microseconds, 1.0);
+            let (gigabytes_per_second, teraflops) = rates(&case.problem.desc, shape, microseconds);
             peers.push(Peer {
                 name: name.clone(),
+                desc: case.problem.desc,
                 batch: time.batch,
                 context: time.context,
                 microseconds: Some(microseconds),
-                gigabytes_per_second: figures.gigabytes_per_second,
-                teraflops: figures.teraflops,
+                gigabytes_per_second,
+                teraflops,
                 complaint: None,
             });
         }

@@ -4,7 +4,8 @@ use std::path::{Path, PathBuf};
 
 use mlac_model::Refusal;
 
-use super::bench::{Shape, compare_with_gqa, copy_bandwidth, figures, splits, time};
+use super::bench::{Most, Shape, compare_with_gqa, copy_bandwidth, figures, splits, time};
+use super::matmul::product;
 use super::pack::{PROGRAM, Pack, Packed};
 use super::parity::{append, parity};
 use super::peers;
@@ -75,6 +76,7 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
         } else {
             copy_bandwidth(&device, &stream, options.repeats)?
         },
+        matmul: product(&device, &stream, folder, &pack, options)?,
         parity: Vec::new(),
         append: Vec::new(),
         sanitized: Vec::new(),
@@ -87,6 +89,12 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
         "{}, {} multiprocessors, copy {:.0} GB/s, seed {}",
         results.device, results.multiprocessors, results.copy_gigabytes_per_second, results.seed
     ));
+    match &results.matmul {
+        Some(product) => tell(&product.line()),
+        None => results
+            .skipped
+            .push("a dense product: none is packed for this GPU".to_owned()),
+    }
     let lengths = &LENGTHS[..if options.parity_only {
         1
     } else {
@@ -142,6 +150,10 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
             .skipped
             .push("compute-sanitizer: not on this machine".to_owned()),
     }
+    let most = Most {
+        gigabytes_per_second: results.copy_gigabytes_per_second,
+        teraflops: results.matmul.as_ref().and_then(|m| m.teraflops),
+    };
     for packed in &mine {
         let decoder = Decoder::load(
             &device,
@@ -161,10 +173,8 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
                 options,
             )? {
                 Some(microseconds) => {
-                    let copy = results.copy_gigabytes_per_second;
-                    results
-                        .bench
-                        .push(figures(&packed.desc, shape, microseconds, copy));
+                    let bench = figures(&packed.desc, shape, microseconds, most);
+                    results.bench.push(bench);
                 }
                 None => results.skipped.push(format!(
                     "{} at {batch} x {context}: the caches take more than half of the GPU's memory",
@@ -173,7 +183,6 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
             }
         }
     }
-    compare_with_gqa(&mine, &mut results.bench);
     results.splits = splits(&device, &stream, folder, &pack, options)?;
     match &options.peers {
         Some(extensions) => {
@@ -184,8 +193,9 @@ pub fn run(folder: &Path, options: &Options, mut tell: impl FnMut(&str)) -> Resu
         }
         None => results
             .skipped
-            .push("FlashMLA and FlashAttention-3: give --peers FOLDER".to_owned()),
+            .push("FlashMLA, FlashAttention-3, PyTorch: give --peers FOLDER".to_owned()),
     }
+    compare_with_gqa(&mine, &results.peers, &mut results.bench);
     Ok(results)
 }
 

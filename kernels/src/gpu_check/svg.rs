@@ -93,6 +93,7 @@ impl Results {
 mod tests {
     use super::super::Peer;
     use super::super::results::{Bench, Results};
+    use crate::{Arch, AttentionDesc};
 
     #[test]
     fn bars_are_as_long_as_their_times_and_failed_peers_have_none() {
@@ -104,10 +105,13 @@ mod tests {
             gigabytes_per_second: 1.0,
             teraflops: 1.0,
             copy_fraction: 0.5,
+            matmul_fraction: Some(0.25),
             over_gqa: None,
+            over_best_gqa: None,
         };
         let peer = |name: &str, microseconds| Peer {
             name: name.to_owned(),
+            desc: AttentionDesc::grouped(64, 8, 64, Arch::Sm90a),
             batch: 1,
             context: 4096,
             microseconds,
@@ -120,6 +124,7 @@ mod tests {
             multiprocessors: 1,
             seed: 1,
             copy_gigabytes_per_second: 1.0,
+            matmul: None,
             parity: Vec::new(),
             sanitized: Vec::new(),
             append: Vec::new(),

@@ -29,7 +29,7 @@ impl Region {
         Self { address, bytes }
     }
 
-    pub(super) fn of(address: Address, bytes: u64) -> Self {
+    pub(crate) fn of(address: Address, bytes: u64) -> Self {
         Self { address, bytes }
     }
 

@@ -1,22 +1,19 @@
 //! The CUDA driver through cudarc, opened at run time and probed before use.
 #![expect(unsafe_code, reason = "calls into the CUDA driver")]
 
-use std::ffi::{CString, c_void};
+use std::ffi::c_void;
 use std::fmt::Display;
-use std::ptr;
 use std::sync::Arc;
 
 use cudarc::driver::sys::CUdevice_attribute_enum as A;
 use cudarc::driver::{result, sys};
 use mlac_model::Refusal;
 
-use super::check::{Append, Call, Grids, MAX_PARTS, Region};
-use super::recipe::{COMBINE_THREADS, MAP_BOX, PLAN_THREADS, TensorMap};
-use crate::config::{AttentionConfig, Kernel};
-use crate::desc::{Attention, AttentionDesc, CacheDtype, Dtype};
+use super::check::Region;
+use crate::Arch;
 use crate::error::{KernelError, Result};
 
-fn failed<E: Display>(action: &str) -> impl FnOnce(E) -> KernelError + use<'_, E> {
+pub(super) fn failed<E: Display>(action: &str) -> impl FnOnce(E) -> KernelError + use<'_, E> {
     move |error| KernelError::Driver {
         action: action.to_owned(),
         message: error.to_string(),
@@ -104,6 +101,21 @@ impl Device {
     /// Its name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Refuses a kernel for another architecture.
+    pub(super) fn expect(&self, arch: Arch, kernel: &str) -> Result<()> {
+        if self.capability == arch.capability() {
+            return Ok(());
+        }
+        let (major, minor) = self.capability;
+        Err(Refusal::new(
+            format!("kernel {kernel}"),
+            format!("a GPU of architecture {arch}"),
+            format!("{}, compute capability {major}.{minor}", self.name),
+            "build the kernel for this GPU's architecture",
+        )
+        .into())
     }
 
     /// Compute capability: major and minor.
@@ -281,7 +293,7 @@ impl Drop for Buffer {
 
 /// An order of work.
 pub struct Stream {
-    stream: sys::CUstream,
+    pub(super) stream: sys::CUstream,
     _context: Arc<Context>,
 }
 
@@ -333,270 +345,6 @@ impl Drop for Event {
         // SAFETY: created once, destroyed once.
         let _ = unsafe { result::event::destroy(self.event) };
     }
-}
-
-struct Module(sys::CUmodule);
-
-impl Drop for Module {
-    fn drop(&mut self) {
-        // SAFETY: loaded once, unloaded once.
-        let _ = unsafe { result::module::unload(self.0) };
-    }
-}
-
-/// The kernels of one request on one GPU.
-pub struct Decoder {
-    desc: AttentionDesc,
-    config: AttentionConfig,
-    parts: u32,
-    decode: sys::CUfunction,
-    plan: Option<(sys::CUfunction, sys::CUfunction)>,
-    append: Option<sys::CUfunction>,
-    _module: Module,
-    _device: Device,
-}
-
-/// Threads of `mlac_append`.
-const APPEND_THREADS: u32 = 128;
-
-impl Decoder {
-    /// Loads a cubin.
-    ///
-    /// # Errors
-    /// When the GPU is another architecture, or the driver does not take the cubin.
-    pub fn load(
-        device: &Device,
-        desc: &AttentionDesc,
-        config: &AttentionConfig,
-        cubin: &[u8],
-    ) -> Result<Self> {
-        if device.capability != desc.arch.capability() {
-            return Err(Refusal::new(
-                format!("kernel {}", desc.slug()),
-                format!("a GPU of architecture {}", desc.arch),
-                format!(
-                    "{}, compute capability {}.{}",
-                    device.name, device.capability.0, device.capability.1
-                ),
-                "build the kernel for this GPU's architecture",
-            )
-            .into());
-        }
-        // SAFETY: the image is an ELF file that the driver checks; it is copied.
-        let module = Module(
-            unsafe { result::module::load_data(cubin.as_ptr().cast()) }
-                .map_err(failed("load the cubin"))?,
-        );
-        let function = |name: &str| {
-            let text = CString::new(name).map_err(failed("name a function"))?;
-            // SAFETY: the module is loaded.
-            unsafe { result::module::get_function(module.0, text) }
-                .map_err(failed("find a function of the cubin"))
-        };
-        let decode = function("mlac_decode")?;
-        // SAFETY: the function exists.
-        unsafe {
-            result::function::set_function_attribute(
-                decode,
-                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-                config.shared_bytes as i32,
-            )
-        }
-        .map_err(failed("reserve shared memory"))?;
-        // SAFETY: the function exists.
-        let resident = unsafe {
-            result::occupancy::max_active_block_per_multiprocessor(
-                decode,
-                config.threads as i32,
-                config.shared_bytes as usize,
-            )
-        }
-        .map_err(failed("count resident CTAs"))?;
-        let plan = if config.planned {
-            Some((function("mlac_plan")?, function("mlac_combine")?))
-        } else {
-            None
-        };
-        let append = match desc.attention {
-            Attention::Latent { .. } => Some(function("mlac_append")?),
-            Attention::Grouped { .. } => None,
-        };
-        Ok(Self {
-            desc: *desc,
-            config: config.clone(),
-            parts: (device.multiprocessors * (resident.max(1) as u32)).min(MAX_PARTS),
-            decode,
-            plan,
-            append,
-            _module: module,
-            _device: device.clone(),
-        })
-    }
-
-    /// CTAs that run at a time: what [`Workspace::of`](super::Workspace::of) and [`Call::check`] want.
-    pub fn parts(&self) -> u32 {
-        self.parts
-    }
-
-    /// Checks the arguments, then plans, decodes and combines, in the order of the stream.
-    ///
-    /// # Errors
-    /// What [`Call::check`] refuses; what the driver says.
-    pub fn launch(&self, call: &Call, stream: &Stream) -> Result<()> {
-        let grids = call.check(&self.desc, &self.config, self.parts)?;
-        if let Some((plan, _)) = self.plan {
-            let mut params = grids.plan;
-            launch(
-                plan,
-                1,
-                PLAN_THREADS,
-                0,
-                stream,
-                false,
-                &mut [ptr::from_mut(&mut params).cast()],
-            )?;
-        }
-        let mut params = grids.decode;
-        let dependent = self.plan.is_some() && self.desc.arch.has_wgmma();
-        let mut maps = self.maps(call, &grids)?;
-        let mut arguments = vec![ptr::from_mut(&mut params).cast()];
-        arguments.extend(
-            maps.iter_mut()
-                .map(|map| ptr::from_mut(map).cast::<c_void>()),
-        );
-        launch(
-            self.decode,
-            grids.decode_blocks,
-            self.config.threads,
-            self.config.shared_bytes,
-            stream,
-            dependent,
-            &mut arguments,
-        )?;
-        if let Some((_, combine)) = self.plan {
-            launch(
-                combine,
-                grids.combine_blocks,
-                COMBINE_THREADS,
-                0,
-                stream,
-                self.desc.arch.has_wgmma(),
-                &mut [ptr::from_mut(&mut params).cast()],
-            )?;
-        }
-        Ok(())
-    }
-
-    /// Checks the arguments, then writes rows into the cache, in the order of the stream.
-    ///
-    /// # Errors
-    /// What [`Append::check`] refuses; what the driver says.
-    pub fn append(&self, rows: &Append, stream: &Stream) -> Result<()> {
-        let (mut params, blocks) = rows.check(&self.desc)?;
-        let Some(function) = self.append else {
-            return Err(failed("append")("the request has no latent"));
-        };
-        launch(
-            function,
-            blocks,
-            APPEND_THREADS,
-            0,
-            stream,
-            false,
-            &mut [ptr::from_mut(&mut params).cast()],
-        )
-    }
-
-    /// The tensor maps that the decode kernel takes, in its order: boxes of 64 columns, 64 rows, one token or page.
-    fn maps(&self, call: &Call, grids: &Grids) -> Result<Vec<sys::CUtensorMap>> {
-        let desc = &self.desc;
-        let (row, page) = (u64::from(desc.row()), u64::from(desc.page));
-        let tokens = u64::from(call.batch * desc.query_tokens);
-        let queries = (call.q, [row, u64::from(desc.query_heads), tokens]);
-        let of_cache = |region| {
-            let columns = row * u64::from(desc.kv_heads());
-            (region, [columns, page, grids.cache_pages])
-        };
-        let wanted = match (self.config.kernel, desc.cache) {
-            (Kernel::LatentWgmma, CacheDtype::Same) => vec![queries, of_cache(call.cache)],
-            (Kernel::LatentWgmma, CacheDtype::E4m3) => vec![queries],
-            (Kernel::GroupedWgmma, _) => vec![of_cache(call.cache), of_cache(call.values)],
-            (Kernel::LatentMma | Kernel::GroupedMma, _) => Vec::new(),
-        };
-        wanted
-            .into_iter()
-            .map(|(region, extent)| tensor_map(desc.dtype, region, extent))
-            .collect()
-    }
-}
-
-/// A tensor of three dimensions, innermost first, without gaps, read in swizzled boxes of 64 x 64 x 1; zeros beyond its edges.
-fn tensor_map(dtype: Dtype, region: Region, extent: [u64; 3]) -> Result<sys::CUtensorMap> {
-    let strides = [extent[0] * 2, extent[0] * extent[1] * 2];
-    let steps = [1_u32; 3];
-    let mut map = sys::CUtensorMap { opaque: [0; 16] };
-    // SAFETY: all arrays have three (strides: two) elements; the map is aligned by its type.
-    unsafe {
-        sys::cuTensorMapEncodeTiled(
-            &raw mut map,
-            TensorMap::data_type(dtype),
-            3,
-            region.address() as *mut c_void,
-            extent.as_ptr(),
-            strides.as_ptr(),
-            MAP_BOX.as_ptr(),
-            steps.as_ptr(),
-            TensorMap::INTERLEAVE,
-            TensorMap::SWIZZLE,
-            TensorMap::PROMOTION,
-            TensorMap::FILL,
-        )
-    }
-    .result()
-    .map_err(failed("describe a tensor"))?;
-    Ok(map)
-}
-
-/// Launches; `dependent` lets it start while the kernel before it in the stream still runs (the kernel itself waits for its results).
-fn launch(
-    function: sys::CUfunction,
-    blocks: u32,
-    threads: u32,
-    shared: u32,
-    stream: &Stream,
-    dependent: bool,
-    arguments: &mut [*mut c_void],
-) -> Result<()> {
-    let mut attribute = sys::CUlaunchAttribute {
-        id: sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION,
-        pad: [0; 4],
-        value: sys::CUlaunchAttributeValue {
-            programmaticStreamSerializationAllowed: 1,
-        },
-    };
-    let config = sys::CUlaunchConfig {
-        gridDimX: blocks,
-        gridDimY: 1,
-        gridDimZ: 1,
-        blockDimX: threads,
-        blockDimY: 1,
-        blockDimZ: 1,
-        sharedMemBytes: shared,
-        hStream: stream.stream,
-        attrs: &raw mut attribute,
-        numAttrs: u32::from(dependent),
-    };
-    // SAFETY: the arguments are those of the function, in its order, and are copied before the call returns; their sizes were checked.
-    unsafe {
-        sys::cuLaunchKernelEx(
-            &raw const config,
-            function,
-            arguments.as_mut_ptr(),
-            ptr::null_mut(),
-        )
-    }
-    .result()
-    .map_err(failed("launch a kernel"))
 }
 
 #[cfg(test)]

@@ -4,9 +4,14 @@
 //! [`Recipe`] is the same launch as a text, for code that is not Rust.
 
 mod check;
+mod decoder;
 mod driver;
+mod matmul;
+mod module;
 mod recipe;
 
 pub use check::{Append, Call, Grids, Region, Workspace};
-pub use driver::{Buffer, Decoder, Device, Event, Stream};
+pub use decoder::Decoder;
+pub use driver::{Buffer, Device, Event, Stream};
+pub use matmul::Multiplier;
 pub use recipe::Recipe;

@@ -9,13 +9,14 @@ use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::source::{HEADERS, prologue};
 use mlac_kernels::{AttentionDesc, Kernel};
 
-const HOST: [(&str, &str); 6] = [
+const HOST: [(&str, &str); 7] = [
     ("machine.h", include_str!("../host/machine.h")),
     ("ptx.cuh", include_str!("../host/ptx.cuh")),
     ("hopper.cuh", include_str!("../host/hopper.cuh")),
     ("mma.cuh", include_str!("../host/mma.cuh")),
     ("main.cpp", include_str!("../host/main.cpp")),
     ("append.cpp", include_str!("../host/append.cpp")),
+    ("matmul.cpp", include_str!("../host/matmul.cpp")),
 ];
 
 /// A text of a source and what takes its place.

@@ -1,6 +1,6 @@
 // The CPU's version of cuda/hopper.cuh.
 #pragma once
-#include "common.cuh"
+#include "ptx.cuh"
 
 // What a test puts into a tensor map: three dimensions, the first contiguous, boxes of 64 x 64 x 1.
 struct alignas(64) TensorMap {

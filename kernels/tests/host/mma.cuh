@@ -1,6 +1,6 @@
 // The CPU's version of cuda/mma.cuh.
 #pragma once
-#include "common.cuh"
+#include "ptx.cuh"
 
 inline u32 shared_address(const void* pointer) { return (u32)(static_cast<const u8*>(pointer) - machine.shared); }
 
