@@ -14,19 +14,22 @@
 )]
 
 mod common;
+#[path = "common/step.rs"]
+mod step;
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
 
-use common::{kernels, run_compiler, write_sources};
+use common::run_compiler;
 use mlac_kernels::bundle::bundle;
 use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::launch::{Call, Recipe, Region};
 use mlac_kernels::params::{DecodeParams, PlanParams, StoreParams};
 use mlac_kernels::problem::{Answer, Problem, bits, compare, from_bits};
 use mlac_kernels::{Arch, AttentionDesc, Cache, Compiler, Dtype, Mask, Source, Toolchain};
+use step::{empty_cubin, fake_driver, make_contiguous, new_rows};
 
 const SANITIZE: [&str; 4] = [
     "-g1",
@@ -95,16 +98,6 @@ fn programs() -> &'static Programs {
     })
 }
 
-/// An ELF file with nothing but the header that says for which GPU it is.
-fn empty_cubin(arch: Arch) -> Vec<u8> {
-    let (major, minor) = arch.capability();
-    let mut bytes = vec![0_u8; 64];
-    bytes[..6].copy_from_slice(b"\x7fELF\x02\x01");
-    bytes[18] = 190;
-    bytes[49] = (major * 10 + minor) as u8;
-    bytes
-}
-
 /// A step of the operator in a folder: its kernels, its call, what it must come to.
 struct Step {
     folder: tempfile::TempDir,
@@ -150,14 +143,7 @@ impl Step {
 
     /// Rows of the cache that the new tokens take, in the order of requests and tokens.
     fn new_rows(&self) -> Vec<usize> {
-        let tokens = self.desc.query_tokens;
-        (0..self.problem.lengths.len())
-            .flat_map(|request| {
-                let past = self.problem.lengths[request] - tokens;
-                (0..tokens).map(move |t| (request, past + t))
-            })
-            .map(|(request, position)| self.problem.cache_row(request, position))
-            .collect()
+        new_rows(&self.problem)
     }
 
     fn optional_inputs(&self) -> u32 {
@@ -240,24 +226,9 @@ impl Step {
     fn fake_driver(&self) {
         let folder = self.path("driver");
         fs::create_dir(&folder).unwrap();
-        write_sources(&folder, None);
-        let fake = include_str!("plugin/fake_cuda.cpp");
-        let text = kernels(&self.desc, &self.config) + "#include \"store.cuh\"\n" + fake;
-        fs::write(folder.join("fake.cpp"), text).unwrap();
-        run_compiler(
-            &[
-                "-O1",
-                "-shared",
-                "-fPIC",
-                "-fvisibility=hidden",
-                "-Wno-unknown-pragmas",
-                "-fsanitize=address",
-                // Fibers end without unwinding their stacks.
-                "--param=asan-stack=0",
-            ],
-            &[folder.join("fake.cpp")],
-            &folder.join("libcuda.so.1"),
-        );
+        // Fibers end without unwinding their stacks.
+        let flags = ["-fsanitize=address", "--param=asan-stack=0"];
+        fake_driver(&self.desc, &self.config, &folder, &flags);
     }
 
     /// Runs the host; what it said, and whether it was content.
@@ -419,23 +390,6 @@ impl Step {
             assert_eq!(combine.shape, (grids.combine_blocks, 256, 0, dependent));
         }
     }
-}
-
-/// Sequence after sequence instead of pages in any order.
-fn make_contiguous(problem: &mut Problem) {
-    let row = problem.desc.row() as usize;
-    let batch = problem.lengths.len();
-    let capacity = problem.page_stride as usize * 64;
-    let mut cache = vec![0.25; batch * capacity * row];
-    for request in 0..batch {
-        for position in 0..problem.lengths[request] {
-            let from = problem.cache_row(request, position) * row;
-            let to = (request * capacity + position as usize) * row;
-            cache[to..to + row].copy_from_slice(&problem.cache[from..from + row]);
-        }
-    }
-    problem.cache = cache;
-    problem.pages = (0..(batch as i32) * problem.page_stride as i32).collect();
 }
 
 /// A line of the fake driver's log.

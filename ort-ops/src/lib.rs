@@ -1,13 +1,13 @@
-//! `mlac::LatentAttention` for ONNX Runtime on a CPU.
+//! `mlac::LatentAttention` for ONNX Runtime, on a CPU and on an NVIDIA GPU.
 //!
 //! The library `libmlac_ort.so` has one entry point, [`RegisterCustomOps`], which ONNX Runtime calls
 //! (`register_custom_ops_library` in Python) and mlac's own sessions call directly. What the operator computes is
 //! specified in `docs/latent-attention.md`.
 //!
-//! [`attention`] is the operator in Rust, without ONNX Runtime.
+//! [`attention`] is the operator in Rust, without ONNX Runtime. `cuda/` launches the kernels that a node brings with it.
 #![expect(
     unsafe_code,
-    reason = "vector instructions on rows behind pointers, and the C interface of ONNX Runtime"
+    reason = "vector instructions on rows behind pointers, and the C interfaces of ONNX Runtime and CUDA's driver"
 )]
 #![allow(
     clippy::inline_always,
@@ -15,6 +15,7 @@
 )]
 
 pub mod attention;
+mod cuda;
 mod element;
 mod ffi;
 mod products;
@@ -22,6 +23,8 @@ mod refusal;
 mod simd;
 
 pub use element::Element;
+#[doc(hidden)]
+pub use ffi::add_cuda_in_host_memory;
 pub use ffi::{RegisterCustomOps, add_to_options};
 pub use products::Isa;
 pub use refusal::Refusal;

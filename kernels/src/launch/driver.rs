@@ -353,7 +353,7 @@ mod tests {
 
     /// `kernels/plugin/driver.h` has these of cuda.h too: its assertions have the same sizes, its constants the same numbers.
     #[test]
-    fn the_plugins_copy_of_the_drivers_types_is_right() {
+    fn other_copies_of_the_drivers_types_are_right() {
         let text = include_str!("../../plugin/driver.h");
         let attribute =
             sys::CUlaunchAttributeID_enum::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
@@ -382,6 +382,42 @@ mod tests {
         ] {
             assert!(text.contains(&line), "driver.h has no `{line}`");
         }
+        // So has the operator of ONNX Runtime, in Rust.
+        let text = include_str!("../../../ort-ops/src/cuda/driver.rs");
+        let pool = sys::CUmemPool_attribute_enum::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD;
+        for line in [
+            format!(
+                "size_of::<LaunchAttribute>() == {})",
+                size_of::<sys::CUlaunchAttribute>()
+            ),
+            format!(
+                "size_of::<LaunchConfig>() == {})",
+                size_of::<sys::CUlaunchConfig>()
+            ),
+            format!(
+                "size_of::<TensorMap>() == {})",
+                size_of::<sys::CUtensorMap>()
+            ),
+            format!(
+                "size_of::<PoolProps>() == {})",
+                size_of::<sys::CUmemPoolProps>()
+            ),
+            format!(
+                "CAPABILITY_MAJOR: c_int = {};",
+                A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR as u32
+            ),
+            format!(
+                "CAPABILITY_MINOR: c_int = {};",
+                A::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR as u32
+            ),
+            format!("MAX_DYNAMIC_SHARED: c_int = {};", shared as u32),
+            format!("PROGRAMMATIC_SERIALIZATION: c_int = {};", attribute as u32),
+            format!("RELEASE_THRESHOLD: c_int = {};", pool as u32),
+        ] {
+            assert!(text.contains(&line), "driver.rs has no `{line}`");
+        }
+        assert_eq!(std::mem::offset_of!(sys::CUmemPoolProps, location), 8);
+        assert_eq!(std::mem::offset_of!(sys::CUmemPoolProps, maxSize), 24);
         assert_eq!(std::mem::offset_of!(sys::CUlaunchAttribute, value), 8);
         assert_eq!(std::mem::offset_of!(sys::CUlaunchConfig, hStream), 32);
         assert_eq!(std::mem::offset_of!(sys::CUlaunchConfig, attrs), 40);

@@ -1,4 +1,4 @@
-// A libcuda.so.1 of the functions that the plugin calls, for machines without a GPU: "device" memory is the host's, and a launch
+// A libcuda.so.1 of the functions that the TensorRT plugin and the operator of ONNX Runtime call, for machines without a GPU: "device" memory is the host's, and a launch
 // runs the kernels' own sources on the CPU (../host). The source before this file is the prologue and the kernels.
 //
 // MLAC_FAKE_LOG        file that every launch is appended to: name, CTAs, threads, shared bytes, dependent, blocks of arguments
@@ -24,7 +24,7 @@ Function functions[] = {
     {"mlac_combine", sizeof(DecodeParams), 0},
 #endif
 };
-int modules = 0;
+int modules = 0, allocations = 0;
 
 std::string setting(const char* name, const char* otherwise) {
   const char* value = std::getenv(name);
@@ -115,6 +115,42 @@ FAKE_EXPORT int cuFuncSetAttribute(void* function, int attribute, int value) {
   static_cast<fake::Function*>(function)->shared = value;
   return 0;
 }
+// cuda.h's CUmemPoolProps.
+struct PoolProps {
+  int alloc_type, handle_types, location_type, location;
+  void* security;
+  size_t max_size;
+  char rest[56];
+};
+FAKE_EXPORT int cuMemPoolCreate(void** pool, const PoolProps* props) {
+  FAKE_FAIL("cuMemPoolCreate");
+  // CU_MEM_ALLOCATION_TYPE_PINNED and CU_MEM_LOCATION_TYPE_DEVICE are 1; nothing is shared or bounded.
+  if (props->alloc_type != 1 || props->handle_types != 0 || props->location_type != 1 || props->location != 3 || props->security != nullptr ||
+      props->max_size != 0 || std::any_of(props->rest, props->rest + 56, [](char c) { return c != 0; }))
+    return 1;
+  *pool = &fake::allocations;
+  return 0;
+}
+FAKE_EXPORT int cuMemPoolSetAttribute(void* pool, int attribute, void* value) {
+  // CU_MEMPOOL_ATTR_RELEASE_THRESHOLD is 4, a 64-bit number.
+  return pool == &fake::allocations && attribute == 4 && *static_cast<u64*>(value) == ~0ull ? 0 : 1;
+}
+FAKE_EXPORT int cuMemAllocFromPoolAsync(u64* address, size_t bytes, void* pool, void*) {
+  FAKE_FAIL("cuMemAllocFromPoolAsync");
+  if (pool != &fake::allocations || bytes == 0) return 1;
+  void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  std::memset(memory, 0xff, bytes);
+  ++fake::allocations;
+  *address = reinterpret_cast<u64>(memory);
+  return 0;
+}
+FAKE_EXPORT int cuMemFreeAsync(u64 address, void*) {
+  std::free(reinterpret_cast<void*>(address));
+  --fake::allocations;
+  return 0;
+}
+// Of the fake only: allocations that nobody gave back.
+FAKE_EXPORT int fakeAllocations() { return fake::allocations; }
 FAKE_EXPORT int cuMemcpyDtoDAsync_v2(u64 to, u64 from, size_t bytes, void*) {
   FAKE_FAIL("cuMemcpyDtoDAsync_v2");
   std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);

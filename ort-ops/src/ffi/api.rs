@@ -1,6 +1,6 @@
 //! ONNX Runtime's C interface as far as an operator needs it, with statuses as results.
 
-use std::ffi::{CStr, CString};
+use std::ffi::{CStr, CString, c_void};
 use std::ptr;
 
 use ort_sys::{
@@ -90,6 +90,51 @@ impl Api {
         let status =
             unsafe { (self.0.KernelInfoGetAttribute_float)(info, name.as_ptr(), &raw mut value) };
         self.found(status).then_some(value)
+    }
+
+    /// The bytes of a string attribute, `None` when the node has none of that name.
+    ///
+    /// # Safety
+    /// As for [`int`](Self::int).
+    pub(super) unsafe fn bytes(
+        self,
+        info: *const OrtKernelInfo,
+        name: &str,
+    ) -> Result<Option<Vec<u8>>> {
+        let Ok(name) = CString::new(name) else {
+            return Ok(None);
+        };
+        let get = self.0.KernelInfoGetAttribute_string;
+        let mut count = 0;
+        // SAFETY: the caller's promise; without a place the runtime tells how many bytes there are, a zero at the end counted.
+        let status = unsafe { get(info, name.as_ptr(), ptr::null_mut(), &raw mut count) };
+        if !self.found(status) {
+            return Ok(None);
+        }
+        let mut bytes = vec![0_u8; count];
+        // SAFETY: as above; there is room for all of them.
+        Self::check(unsafe {
+            get(
+                info,
+                name.as_ptr(),
+                bytes.as_mut_ptr().cast(),
+                &raw mut count,
+            )
+        })?;
+        bytes.truncate(count.saturating_sub(1));
+        Ok(Some(bytes))
+    }
+
+    /// The stream of the node's execution provider.
+    ///
+    /// # Safety
+    /// As for [`input`](Self::input).
+    pub(super) unsafe fn stream(self, context: *const OrtKernelContext) -> Result<*mut c_void> {
+        let mut stream = ptr::null_mut();
+        // SAFETY: the caller's promise.
+        let status =
+            unsafe { (self.0.KernelContext_GetGPUComputeStream)(context, &raw mut stream) };
+        Self::check(status).map(|()| stream)
     }
 
     fn found(self, status: OrtStatusPtr) -> bool {

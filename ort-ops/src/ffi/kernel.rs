@@ -1,4 +1,4 @@
-//! One node: its attributes, and a run from the runtime's tensors to [`crate::attention`].
+//! One node on the CPU: a run from the runtime's tensors to [`crate::attention`].
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -8,133 +8,45 @@ use std::thread::available_parallelism;
 use half::{bf16, f16};
 use ort_sys::{ONNXTensorElementDataType as Type, OrtErrorCode, OrtKernelContext, OrtKernelInfo};
 
+use super::Node;
 use super::api::{Api, Result, Tensor};
-use crate::attention::{Inputs, Layout, Pool, Shape, Step, append, attend, copy};
+use super::node::{Attributes, INPUTS, inputs};
+use crate::attention::{Inputs, Pool, Shape, Step, append, attend, copy};
 use crate::element::Element;
 use crate::products::Isa;
-use crate::refusal::{Refusal, refuse};
-
-/// An input or output as the operator declares it.
-pub(super) struct Port {
-    name: &'static str,
-    /// `None`: the type of the cached numbers.
-    pub(super) element: Option<Type>,
-    pub(super) required: bool,
-}
-
-const fn port(name: &'static str, element: Option<Type>, required: bool) -> Port {
-    Port {
-        name,
-        element,
-        required,
-    }
-}
-
-const F32: Option<Type> = Some(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-const I32: Option<Type> = Some(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
-const I64: Option<Type> = Some(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
-
-pub(super) const INPUTS: [Port; 8] = [
-    port("query", None, true),
-    port("new_rows", None, true),
-    port("cache", None, true),
-    port("past_lengths", I32, true),
-    port("page_table", I32, false),
-    port("sinks", F32, false),
-    port("tree_mask", I64, false),
-    port("key_mask", I64, false),
-];
-
-pub(super) const OUTPUTS: [Port; 3] = [
-    port("sums", None, true),
-    port("cache_out", None, true),
-    port("lse", F32, false),
-];
+use crate::refusal::Refusal;
 
 /// A node's attributes and what runs it.
 pub(super) struct Kernel {
     api: Api,
-    kv_lora_rank: usize,
-    scale: f32,
-    sliding_window: Option<usize>,
+    attributes: Attributes,
     isa: Isa,
     threads: usize,
 }
 
-impl Kernel {
-    /// # Safety
-    /// `info` is what the runtime gave to the kernel's creation.
-    pub(super) unsafe fn new(api: Api, info: *const OrtKernelInfo) -> Result<Self> {
-        // SAFETY: the caller's promise.
-        let (rank, scale, window) = unsafe {
-            (
-                api.int(info, "kv_lora_rank"),
-                api.float(info, "scale"),
-                api.int(info, "sliding_window").unwrap_or(0),
-            )
-        };
-        let invalid =
-            |refusal: Refusal| api.status(OrtErrorCode::ORT_INVALID_GRAPH, &refusal.to_string());
-        let text = |value: Option<String>| value.unwrap_or_else(|| "no such attribute".into());
-        let kv_lora_rank = rank
-            .and_then(|rank| usize::try_from(rank).ok())
-            .filter(|&rank| rank > 0)
-            .ok_or_else(|| {
-                let found = text(rank.map(|rank| rank.to_string()));
-                invalid(refuse(
-                    "kv_lora_rank",
-                    "1 or more",
-                    found,
-                    "export the model again",
-                ))
-            })?;
-        let scale = scale
-            .filter(|scale| *scale > 0.0 && scale.is_finite())
-            .ok_or_else(|| {
-                let found = text(scale.map(|scale| scale.to_string()));
-                invalid(refuse(
-                    "scale",
-                    "a positive number",
-                    found,
-                    "export the model again",
-                ))
-            })?;
-        let sliding_window = usize::try_from(window).map_err(|_| {
-            let found = window.to_string();
-            invalid(refuse(
-                "sliding_window",
-                "0 or more",
-                found,
-                "export the model again",
-            ))
-        })?;
+impl Node for Kernel {
+    unsafe fn new(api: Api, info: *const OrtKernelInfo, _: Type) -> Result<Self> {
         Ok(Self {
             api,
-            kv_lora_rank,
-            scale,
-            sliding_window: (sliding_window > 0).then_some(sliding_window),
+            // SAFETY: the caller's promise.
+            attributes: unsafe { Attributes::read(api, info)? },
             isa: Isa::available()[0],
             threads: available_parallelism().map_or(1, usize::from),
         })
     }
 
-    pub(super) fn api(&self) -> Api {
+    fn api(&self) -> Api {
         self.api
     }
 
-    /// # Safety
-    /// `context` is what the runtime gave to this run.
-    pub(super) unsafe fn run(&self, context: *mut OrtKernelContext) -> Result<()> {
-        let mut inputs = [const { None }; INPUTS.len()];
-        for (index, input) in inputs.iter_mut().enumerate() {
-            // SAFETY: the caller's promise.
-            *input = unsafe { self.api.input(context, index)? };
-        }
+    unsafe fn run(&self, context: *mut OrtKernelContext) -> Result<()> {
+        // SAFETY: the caller's promise.
+        let inputs = unsafe { inputs(self.api, context)? };
         let invalid = |refusal: Refusal| {
             self.api
                 .status(OrtErrorCode::ORT_INVALID_ARGUMENT, &refusal.to_string())
         };
-        let shape = self.shape(&inputs).map_err(invalid)?;
+        let shape = self.attributes.shape(&inputs).map_err(invalid)?;
         let pool = OrtPool {
             api: self.api,
             context,
@@ -163,95 +75,9 @@ impl Kernel {
         }
         Ok(())
     }
+}
 
-    /// The step's shape, from the inputs' shapes.
-    fn shape(
-        &self,
-        inputs: &[Option<Tensor>; INPUTS.len()],
-    ) -> std::result::Result<Shape, Refusal> {
-        let dims =
-            |index: usize, axes: usize, text: &str| -> std::result::Result<&[usize], Refusal> {
-                let shape = inputs[index].as_ref().map_or(&[][..], |t| &t.shape[..]);
-                if shape.len() == axes {
-                    return Ok(shape);
-                }
-                let name = INPUTS[index].name;
-                Err(refuse(
-                    name,
-                    text,
-                    format!("{shape:?}"),
-                    "give it that shape",
-                ))
-            };
-        let query = dims(0, 4, "[batch, query_tokens, heads, r + d_r]")?;
-        let (batch, query_tokens, heads, width) = (query[0], query[1], query[2], query[3]);
-        let exact = |index: usize, expected: &[usize]| {
-            let Some(tensor) = &inputs[index] else {
-                return Ok(());
-            };
-            if tensor.shape == expected {
-                return Ok(());
-            }
-            let (expected, found) = (format!("{expected:?}"), format!("{:?}", tensor.shape));
-            let name = INPUTS[index].name;
-            Err(refuse(
-                name,
-                expected,
-                found,
-                "give it the shape that `query` implies",
-            ))
-        };
-        exact(1, &[batch, query_tokens, width])?;
-        exact(3, &[batch])?;
-        exact(5, &[heads])?;
-        exact(6, &[batch, query_tokens])?;
-        if let Some(mask) = &inputs[7] {
-            let columns = dims(7, 2, "[batch, mask_length]")?[1];
-            exact(7, &[batch, columns])?;
-            debug_assert_eq!(mask.count(), batch * columns, "elements of the mask");
-        }
-        let cache = dims(2, 3, "[batch, capacity, r + d_r], or pages of such rows")?;
-        let layout = if inputs[4].is_none() {
-            exact(2, &[batch, cache[1], width])?;
-            Layout::Contiguous { capacity: cache[1] }
-        } else {
-            let max_pages = dims(4, 2, "[batch, max_pages]")?[1];
-            exact(4, &[batch, max_pages])?;
-            exact(2, &[cache[0], cache[1], width])?;
-            if cache[1] == 0 {
-                let found = format!("{cache:?}");
-                return Err(refuse(
-                    "cache",
-                    "pages of a row or more",
-                    found,
-                    "allocate pages",
-                ));
-            }
-            Layout::Paged {
-                num_pages: cache[0],
-                page_size: cache[1],
-                max_pages,
-            }
-        };
-        for (axis, size) in [("query_tokens", query_tokens), ("heads", heads)] {
-            if size == 0 {
-                let found = format!("{query:?}");
-                let fix = "run nothing for no tokens";
-                return Err(refuse("query", format!("{axis} of 1 or more"), found, fix));
-            }
-        }
-        Ok(Shape {
-            batch,
-            query_tokens,
-            heads,
-            kv_lora_rank: self.kv_lora_rank,
-            width,
-            layout,
-            sliding_window: self.sliding_window,
-            scale: self.scale,
-        })
-    }
-
+impl Kernel {
     /// # Safety
     /// The inputs are this run's, of the operator's types with `T` for the cached numbers, and have the shapes of `shape`.
     unsafe fn typed<T: Element>(

@@ -1,8 +1,10 @@
 //! The seam to ONNX Runtime: registration and the table of functions of each operator.
 
 mod api;
+mod cuda;
 mod infer;
 mod kernel;
+mod node;
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -17,21 +19,48 @@ use ort_sys::{
 };
 
 use self::api::{Api, Status};
-use self::kernel::{INPUTS, Kernel, OUTPUTS};
+use self::cuda::CudaKernel;
+use self::kernel::Kernel;
+use self::node::{INPUTS, OUTPUTS};
 
 const DOMAIN: &CStr = c"mlac";
 
-/// `mlac::LatentAttention` for one type of cached numbers.
+/// What runs a node.
+trait Node: Sized {
+    /// # Safety
+    /// `info` is what the runtime gave to the kernel's creation; `element` is the type of the node's cached numbers.
+    unsafe fn new(api: Api, info: *const OrtKernelInfo, element: Type) -> api::Result<Self>;
+
+    fn api(&self) -> Api;
+
+    /// # Safety
+    /// `context` is what the runtime gave to this run.
+    unsafe fn run(&self, context: *mut OrtKernelContext) -> api::Result<()>;
+}
+
+/// `mlac::LatentAttention` for one type of cached numbers on one execution provider.
 #[repr(C)]
 struct Op {
     table: OrtCustomOp,
     element: Type,
+    provider: &'static CStr,
 }
 
-static OPS: [Op; 3] = [
-    Op::new(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT),
-    Op::new(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16),
-    Op::new(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16),
+const CPU: &CStr = c"CPUExecutionProvider";
+const CUDA: &CStr = c"CUDAExecutionProvider";
+
+static OPS: [Op; 5] = [
+    Op::of::<Kernel>(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, CPU),
+    Op::of::<Kernel>(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, CPU),
+    Op::of::<Kernel>(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, CPU),
+    Op::of::<CudaKernel>(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, CUDA),
+    Op::of::<CudaKernel>(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, CUDA),
+];
+
+/// The CUDA kernels where "device" memory is the host's: see [`add_cuda_in_host_memory`].
+static OPS_IN_HOST_MEMORY: [Op; 2] = [
+    Op::of::<CudaKernel>(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16, CPU),
+    Op::of::<CudaKernel>(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16, CPU),
 ];
 
 /// The domain by runtime: it must live as long as any session, so it stays. Addresses, for they have no owner.
@@ -84,6 +113,44 @@ pub unsafe fn add_to_options(
     unsafe { register(api, options) }.map_err(|status| status.into_message(api))
 }
 
+/// Adds the CUDA operator alone, for the CPU's execution provider: for tests with a driver that runs kernels on the CPU. On a
+/// real driver its kernels would be given host addresses.
+///
+/// # Errors
+/// The runtime's message.
+///
+/// # Safety
+/// As for [`add_to_options`]; the process's `libcuda.so.1` is one that reads host memory.
+#[doc(hidden)]
+pub unsafe fn add_cuda_in_host_memory(
+    options: *mut OrtSessionOptions,
+    api: &'static OrtApi,
+) -> Result<(), String> {
+    let api = Api(api);
+    // SAFETY: the caller's promise.
+    unsafe { domain_of(api, &OPS_IN_HOST_MEMORY) }
+        // SAFETY: the domain is never released.
+        .and_then(|domain| Api::check(unsafe { (api.0.AddCustomOpDomain)(options, domain) }))
+        .map_err(|status| status.into_message(api))
+}
+
+/// # Safety
+/// `ops` are as the runtime wants them.
+unsafe fn domain_of(api: Api, ops: &'static [Op]) -> api::Result<*mut OrtCustomOpDomain> {
+    let mut domain = ptr::null_mut();
+    // SAFETY: the operators are static and the domain is never released.
+    unsafe {
+        Api::check((api.0.CreateCustomOpDomain)(
+            DOMAIN.as_ptr(),
+            &raw mut domain,
+        ))?;
+        for op in ops {
+            Api::check((api.0.CustomOpDomain_Add)(domain, &raw const op.table))?;
+        }
+    }
+    Ok(domain)
+}
+
 /// # Safety
 /// `options` is the runtime's.
 unsafe fn register(api: Api, options: *mut OrtSessionOptions) -> api::Result<()> {
@@ -95,12 +162,7 @@ unsafe fn register(api: Api, options: *mut OrtSessionOptions) -> api::Result<()>
         let domain = if let Some(&(_, domain)) = known {
             domain as *mut OrtCustomOpDomain
         } else {
-            let mut domain = ptr::null_mut();
-            let status = (api.0.CreateCustomOpDomain)(DOMAIN.as_ptr(), &raw mut domain);
-            Api::check(status)?;
-            for op in &OPS {
-                Api::check((api.0.CustomOpDomain_Add)(domain, &raw const op.table))?;
-            }
+            let domain = domain_of(api, &OPS)?;
             domains.push((key, domain as usize));
             domain
         };
@@ -127,19 +189,19 @@ fn guard(api: Api, run: impl FnOnce() -> api::Result<()>) -> OrtStatusPtr {
 }
 
 impl Op {
-    const fn new(element: Type) -> Self {
+    const fn of<K: Node>(element: Type, provider: &'static CStr) -> Self {
         Self {
             table: OrtCustomOp {
                 version: ORT_API_VERSION,
                 CreateKernel: None,
                 GetName: Some(name),
-                GetExecutionProviderType: Some(provider),
+                GetExecutionProviderType: Some(provider_of),
                 GetInputType: Some(input_type),
                 GetInputTypeCount: Some(input_count),
                 GetOutputType: Some(output_type),
                 GetOutputTypeCount: Some(output_count),
                 KernelCompute: None,
-                KernelDestroy: Some(destroy),
+                KernelDestroy: Some(destroy::<K>),
                 GetInputCharacteristic: Some(input_presence),
                 GetOutputCharacteristic: Some(output_presence),
                 GetInputMemoryType: Some(memory),
@@ -147,8 +209,8 @@ impl Op {
                 GetVariadicInputHomogeneity: Some(no_variadic),
                 GetVariadicOutputMinArity: Some(no_variadic),
                 GetVariadicOutputHomogeneity: Some(no_variadic),
-                CreateKernelV2: Some(create),
-                KernelComputeV2: Some(compute),
+                CreateKernelV2: Some(create::<K>),
+                KernelComputeV2: Some(compute::<K>),
                 InferOutputShapeFn: Some(infer_shapes),
                 GetStartVersion: Some(version),
                 GetEndVersion: Some(version),
@@ -158,6 +220,7 @@ impl Op {
                 ReleaseAliasMap: Some(release_pairs),
             },
             element,
+            provider,
         }
     }
 
@@ -167,7 +230,7 @@ impl Op {
 }
 
 /// # Safety
-/// `op` is one of [`OPS`].
+/// `op` is one of those that are registered here.
 unsafe fn op_of<'a>(op: *const OrtCustomOp) -> &'a Op {
     // SAFETY: the table is the first field of every `Op`, and only those are registered.
     unsafe { &*op.cast::<Op>() }
@@ -177,8 +240,9 @@ unsafe extern "system" fn name(_: *const OrtCustomOp) -> *const c_char {
     c"LatentAttention".as_ptr()
 }
 
-unsafe extern "system" fn provider(_: *const OrtCustomOp) -> *const c_char {
-    c"CPUExecutionProvider".as_ptr()
+unsafe extern "system" fn provider_of(op: *const OrtCustomOp) -> *const c_char {
+    // SAFETY: the runtime gives back what was registered.
+    unsafe { op_of(op) }.provider.as_ptr()
 }
 
 unsafe extern "system" fn input_count(_: *const OrtCustomOp) -> usize {
@@ -276,8 +340,8 @@ unsafe extern "system" fn infer_shapes(
     })
 }
 
-unsafe extern "system" fn create(
-    _: *const OrtCustomOp,
+unsafe extern "system" fn create<K: Node>(
+    op: *const OrtCustomOp,
     api: *const OrtApi,
     info: *const OrtKernelInfo,
     kernel: *mut *mut c_void,
@@ -287,26 +351,26 @@ unsafe extern "system" fn create(
     guard(api, || {
         // SAFETY: the runtime's own pointers; the kernel goes to `destroy`.
         unsafe {
-            let made = Kernel::new(api, info)?;
+            let made = K::new(api, info, op_of(op).element)?;
             *kernel = Box::into_raw(Box::new(made)).cast();
         }
         Ok(())
     })
 }
 
-unsafe extern "system" fn compute(
+unsafe extern "system" fn compute<K: Node>(
     kernel: *mut c_void,
     context: *mut OrtKernelContext,
 ) -> OrtStatusPtr {
     // SAFETY: made by `create`; runs may be side by side, the kernel is only read.
-    let kernel = unsafe { &*kernel.cast::<Kernel>() };
+    let kernel = unsafe { &*kernel.cast::<K>() };
     guard(kernel.api(), || {
         // SAFETY: the runtime's own context.
         unsafe { kernel.run(context) }
     })
 }
 
-unsafe extern "system" fn destroy(kernel: *mut c_void) {
+unsafe extern "system" fn destroy<K>(kernel: *mut c_void) {
     // SAFETY: made by `create`, destroyed once.
-    drop(unsafe { Box::from_raw(kernel.cast::<Kernel>()) });
+    drop(unsafe { Box::from_raw(kernel.cast::<K>()) });
 }
