@@ -300,3 +300,49 @@ fn hexadecimal(bytes: &[u8]) -> String {
         text
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn configuration_and_tokenizer_go_with_the_engines_and_nothing_else() {
+        for (name, expected) in [
+            ("config.json", true),
+            ("tokenizer.json", true),
+            ("tokenizer.model", true),
+            ("LICENSE", true),
+            ("decoder.onnx", false),
+            ("decoder.onnx.data", false),
+        ] {
+            assert_eq!(is_side_file(name), expected, "{name}");
+        }
+    }
+
+    #[test]
+    fn a_runtime_names_its_product() {
+        let of = |runtime: &str, product| {
+            let manifest = Manifest {
+                format: FORMAT,
+                tool: String::new(),
+                runtime: runtime.to_owned(),
+                plugin: None,
+                verified_on_gpu: false,
+                targets: vec![],
+                cache: vec![],
+                sources: vec![],
+                engines: vec![],
+            };
+            manifest.is_of(product)
+        };
+        for (runtime, rtx, enterprise) in [
+            ("TensorRT for RTX 1.7.1", true, false),
+            ("TensorRT 11.4.0", false, true),
+            ("TensorRT", false, false),
+            ("ONNX Runtime 1.31.1", false, false),
+        ] {
+            assert_eq!(of(runtime, Product::Rtx), rtx, "{runtime}");
+            assert_eq!(of(runtime, Product::Enterprise), enterprise, "{runtime}");
+        }
+    }
+}
