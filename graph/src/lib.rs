@@ -8,7 +8,7 @@ pub mod builders;
 pub mod error;
 pub mod ir;
 pub mod onnx;
-mod passes;
+pub mod passes;
 pub mod text;
 pub mod validate;
 

@@ -10,7 +10,7 @@ fn convert(bench: &Bench, output: &str, text: &str, more: &[&str]) -> Run {
     let model = bench.model();
     let mut args = vec![
         "convert",
-        model.to_str().unwrap(),
+        model.to_str().expect("a path of the test"),
         "-o",
         output,
         "--layers",

@@ -1,10 +1,10 @@
-//! `mlac::LatentAttention` for ONNX Runtime, on a CPU and on an NVIDIA GPU.
+//! `mlac::LatentAttention` and `mlac::Mxfp4Experts` for ONNX Runtime on a CPU, the first also on an NVIDIA GPU.
 //!
 //! The library `libmlac_ort.so` has one entry point, [`RegisterCustomOps`], which ONNX Runtime calls
-//! (`register_custom_ops_library` in Python) and mlac's own sessions call directly. What the operator computes is
-//! specified in `docs/latent-attention.md`.
+//! (`register_custom_ops_library` in Python) and mlac's own sessions call directly. What the operators compute is
+//! specified in `docs/latent-attention.md` and `docs/mxfp4-experts.md`.
 //!
-//! [`attention`] is the operator in Rust, without ONNX Runtime. `cuda/` launches the kernels that a node brings with it.
+//! [`attention`] and [`experts`] are the operators in Rust, without ONNX Runtime. `cuda/` launches the kernels that a node brings with it.
 #![expect(
     unsafe_code,
     reason = "vector instructions on rows behind pointers, and the C interfaces of ONNX Runtime and CUDA's driver"
@@ -17,7 +17,9 @@
 pub mod attention;
 mod cuda;
 mod element;
+pub mod experts;
 mod ffi;
+mod pool;
 mod products;
 mod refusal;
 mod simd;
@@ -26,5 +28,6 @@ pub use element::Element;
 #[doc(hidden)]
 pub use ffi::add_cuda_in_host_memory;
 pub use ffi::{RegisterCustomOps, add_to_options};
+pub use pool::Pool;
 pub use products::Isa;
 pub use refusal::Refusal;

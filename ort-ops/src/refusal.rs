@@ -3,7 +3,7 @@
 
 use std::fmt;
 
-/// An input that the operator does not take.
+/// An input that an operator does not take.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusal {
     /// The input or attribute.
@@ -26,7 +26,7 @@ impl fmt::Display for Refusal {
         } = self;
         write!(
             f,
-            "mlac::LatentAttention: {subject}: expected {expected}, found {found}; fix: {fix}"
+            "{subject}: expected {expected}, found {found}; fix: {fix}"
         )
     }
 }

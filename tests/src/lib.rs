@@ -4,6 +4,7 @@
 pub mod cases;
 pub mod compare;
 pub mod decode;
+pub mod experts;
 pub mod export;
 pub mod fixtures;
 pub mod latent;

@@ -8,7 +8,7 @@ use clap::Parser;
 use mlac::cli::{args::Cli, commands};
 use mlac_engines::Decode;
 use mlac_engines::ort::{Decoder, SessionOptions};
-use mlac_model::Checkpoint;
+use mlac_model::{Checkpoint, ExpertFormat};
 use mlac_tests::cases::Cases;
 use mlac_tests::fixtures::{self, PREFILL};
 use mlac_tests::latent::python::library;
@@ -57,6 +57,17 @@ fn same_tokens(checkpoint: &Path, ids: &[i64], layers: usize) -> Outcome {
     }
     if folder("ort").join("prefill.onnx").exists() {
         return Err("the form ort has a prefill graph of its own".into());
+    }
+    let source = Checkpoint::open(checkpoint).map_err(text)?;
+    let mxfp4 = source.config().moe;
+    let mxfp4 = mxfp4.is_some_and(|moe| moe.format == ExpertFormat::Mxfp4);
+    let graph = std::fs::read(folder("ort").join("decoder.onnx")).map_err(text)?;
+    let operator = b"Mxfp4Experts";
+    if graph.windows(operator.len()).any(|at| at == operator) != mxfp4 {
+        return Err(format!(
+            "experts in MXFP4: {mxfp4}, Mxfp4Experts in the form ort: {}",
+            !mxfp4
+        ));
     }
     let jobs = ["standard", "ort"].map(|form| Generation {
         folder: folder(form),

@@ -28,7 +28,8 @@ pub use layer::{
     LayerOptions, Tap, layer_graph, layer_graph_as_stored, rest_of_layer_graph,
     rest_of_layer_graph_as_stored,
 };
-pub use step::{StepForm, StepOptions, step_graph};
+pub(crate) use moe::standard as standard_experts;
+pub use step::{StepForm, StepOptions, experts_graph, step_graph};
 
 /// Name of the past input of a GQA layer; `part` is `key` or `value`.
 pub fn past_kv_name(layer: usize, part: &str) -> String {

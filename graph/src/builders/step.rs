@@ -1,4 +1,4 @@
-//! One decode step of one layer's attention, for benchmarks.
+//! One decode step of one layer's attention, and the experts of one layer, for benchmarks.
 
 use mlac_model::{ModelConfig, Refusal};
 
@@ -6,6 +6,7 @@ use super::{
     attention, check,
     context::{Axes, CacheProduct, Context, GqaForm, MlaForm, Runtime},
     decoder,
+    moe::moe,
 };
 use crate::{
     error::Error,
@@ -108,5 +109,51 @@ pub fn step_graph(
     for (name, value) in attended.present {
         b.output(&name, value);
     }
+    b.finish()
+}
+
+/// The experts of one layer with their router, without norm and residual.
+///
+/// Input: `hidden` f32 `[batch, seq, D]`, normed. Output: `experts_out`, the same.
+///
+/// # Errors
+/// A model without experts is refused.
+pub fn experts_graph(
+    cfg: &ModelConfig,
+    layer: usize,
+    runtime: Runtime,
+) -> Result<ValidGraph, Error> {
+    check::config(cfg)?;
+    check::layer(cfg, layer)?;
+    let Some(experts) = cfg.moe else {
+        return Err(Error::Refused(Refusal::new(
+            format!("experts of layer {layer}"),
+            "a model with experts",
+            format!("{:?}", cfg.architecture),
+            "choose a checkpoint of GPT-OSS",
+        )));
+    };
+    let mut b = GraphBuilder::new(&format!("experts.{layer}"));
+    let axes = Axes {
+        batch: "batch".into(),
+        seq: "seq".into(),
+        past: Dim::known(0),
+    };
+    let tokens = vec![axes.batch.clone(), axes.seq.clone()];
+    let mut stream = tokens.clone();
+    stream.push(cfg.hidden_size.into());
+    let hidden = b.input("hidden", DType::F32, stream);
+    // Experts know no positions; nothing uses the input, so the graph has none.
+    let positions = b.input("position_ids", DType::I64, tokens);
+    let mut cx = Context::new(cfg, DType::F32, axes, positions);
+    cx.runtime = runtime;
+    let out = moe(
+        &mut b,
+        &mut cx,
+        experts,
+        &format!("model.layers.{layer}"),
+        hidden,
+    )?;
+    b.output("experts_out", out);
     b.finish()
 }

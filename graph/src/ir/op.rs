@@ -156,6 +156,15 @@ pub enum Op {
         /// For `TensorRT`'s parser: a plugin, whose optional inputs are packed; bit `i` says that input `4 + i` is there.
         plugin: Option<u8>,
     },
+    /// `mlac::Mxfp4Experts`, as `docs/mxfp4-experts.md` specifies it: `hidden [tokens.., D] f32, experts [tokens.., K] i64,
+    /// weights [tokens.., K] f32`, then blocks, scales (u8) and bias (f32) of gate and up `[E, 2 I, D]` and of down
+    /// `[E, D, I]`, gives the weighted sums of the chosen experts, `[tokens.., D] f32`.
+    Mxfp4Experts {
+        /// Limit of gate and up.
+        swiglu_limit: f32,
+        /// Steepness of the gate's sigmoid.
+        swiglu_alpha: f32,
+    },
 }
 
 /// Arithmetic of two tensors.
@@ -204,7 +213,7 @@ pub enum Unary {
 /// Microsoft's operator domain, known to ONNX Runtime only.
 pub const MICROSOFT_DOMAIN: &str = "com.microsoft";
 
-/// mlac's own operator domain, `docs/latent-attention.md`.
+/// mlac's own operator domain, `docs/latent-attention.md` and `docs/mxfp4-experts.md`.
 pub const MLAC_DOMAIN: &str = "mlac";
 
 impl Op {
@@ -255,6 +264,7 @@ impl Op {
             Self::Attention { .. } => "Attention",
             Self::GroupQueryAttention { .. } => "GroupQueryAttention",
             Self::LatentAttention { .. } => "LatentAttention",
+            Self::Mxfp4Experts { .. } => "Mxfp4Experts",
         }
     }
 
@@ -262,7 +272,7 @@ impl Op {
     pub fn domain(&self) -> &'static str {
         match self {
             Self::GroupQueryAttention { .. } => MICROSOFT_DOMAIN,
-            Self::LatentAttention { .. } => MLAC_DOMAIN,
+            Self::LatentAttention { .. } | Self::Mxfp4Experts { .. } => MLAC_DOMAIN,
             _ => "",
         }
     }
@@ -341,6 +351,13 @@ impl Op {
                 }
                 attributes
             }
+            Self::Mxfp4Experts {
+                swiglu_limit,
+                swiglu_alpha,
+            } => vec![
+                ("swiglu_limit", Attribute::Float(*swiglu_limit)),
+                ("swiglu_alpha", Attribute::Float(*swiglu_alpha)),
+            ],
             _ => vec![],
         }
     }

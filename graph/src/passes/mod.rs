@@ -1,3 +1,7 @@
 //! Passes over a graph. A pass decides; [`crate::ir::GraphBuilder`] applies what it decided.
 
 pub(crate) mod dead;
+mod experts;
+mod rewrite;
+
+pub use experts::lower_mxfp4_experts;

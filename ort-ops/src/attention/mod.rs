@@ -14,16 +14,8 @@ pub use step::{Inputs, Layout, Shape, Step};
 use self::sequence::{Sequence, Span, slot};
 use self::tile::{Partial, Tile};
 use crate::element::Element;
+use crate::pool::Pool;
 use crate::products::{Isa, Queries, TILE};
-
-/// Threads that run tasks.
-pub trait Pool {
-    /// Runs `task` for `0..count`, in any order, side by side; returns when all are done.
-    fn run(&self, count: usize, task: &(dyn Fn(usize) + Sync));
-
-    /// How many run at a time, for dividing the work.
-    fn threads(&self) -> usize;
-}
 
 /// Fewest positions worth a task of their own.
 const SHORTEST_STRETCH: usize = 192;

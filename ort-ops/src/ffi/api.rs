@@ -8,6 +8,8 @@ use ort_sys::{
     OrtValue,
 };
 
+use crate::refusal::Refusal;
+
 /// ONNX Runtime's functions.
 #[derive(Clone, Copy)]
 pub(super) struct Api(pub(super) &'static OrtApi);
@@ -64,6 +66,16 @@ impl Api {
         let text = CString::new(text).unwrap_or_default();
         // SAFETY: the text ends with 0 and is copied.
         Status(unsafe { (self.0.CreateStatus)(code, text.as_ptr()) })
+    }
+
+    /// A refusal of an operator's input or attribute.
+    pub(super) fn refused(self, code: OrtErrorCode, operator: &str, refusal: &Refusal) -> Status {
+        self.status(code, &format!("mlac::{operator}: {refusal}"))
+    }
+
+    /// A refusal of an input's value or shape.
+    pub(super) fn invalid(self, operator: &str, refusal: &Refusal) -> Status {
+        self.refused(OrtErrorCode::ORT_INVALID_ARGUMENT, operator, refusal)
     }
 
     /// An integer attribute, `None` when the node has none of that name.
@@ -172,6 +184,22 @@ impl Api {
             }
             self.tensor(value.cast_mut()).map(Some)
         }
+    }
+
+    /// All inputs of an operator that has `N`, in order.
+    ///
+    /// # Safety
+    /// As for [`input`](Self::input).
+    pub(super) unsafe fn inputs<const N: usize>(
+        self,
+        context: *mut OrtKernelContext,
+    ) -> Result<[Option<Tensor>; N]> {
+        let mut all = [const { None }; N];
+        for (index, input) in all.iter_mut().enumerate() {
+            // SAFETY: the caller's promise.
+            *input = unsafe { self.input(context, index)? };
+        }
+        Ok(all)
     }
 
     /// An output of a shape, `None` when nobody wants it.

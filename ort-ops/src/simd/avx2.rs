@@ -1,15 +1,19 @@
 //! AVX2 with FMA: eight numbers a vector, 16 registers.
 
 use std::arch::x86_64::{
-    __m256, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm_add_ps, _mm_add_ss,
-    _mm_cvtss_f32, _mm_movehdup_ps, _mm_movehl_ps, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi256_ps, _mm256_cmp_ps,
-    _mm256_cmpgt_epi32, _mm256_cvtps_epi32, _mm256_extractf128_ps, _mm256_fmadd_ps,
-    _mm256_loadu_ps, _mm256_maskload_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_round_ps,
-    _mm256_set1_epi32, _mm256_set1_ps, _mm256_setr_epi32, _mm256_slli_epi32, _mm256_storeu_ps,
+    __m256, __m256i, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
+    _mm_add_epi32, _mm_add_ps, _mm_add_ss, _mm_and_si128, _mm_cmpeq_epi32, _mm_cvtepu8_epi32,
+    _mm_cvtsi32_si128, _mm_cvtss_f32, _mm_movehdup_ps, _mm_movehl_ps, _mm_or_si128, _mm_prefetch,
+    _mm_set1_epi32, _mm_setzero_si128, _mm_slli_epi32, _mm256_add_epi32, _mm256_add_ps,
+    _mm256_and_ps, _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi128_si256,
+    _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cmpgt_epi32, _mm256_cvtps_epi32,
+    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
+    _mm256_maskload_epi32, _mm256_maskload_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_or_ps,
+    _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_round_ps, _mm256_set1_epi32,
+    _mm256_set1_ps, _mm256_setr_epi32, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
 };
 
-use super::Simd;
+use super::{FP4_MAGNITUDES, HALF_OF_LEAST, Simd};
 
 /// Needs avx2 and fma.
 #[derive(Clone, Copy)]
@@ -17,6 +21,7 @@ pub(crate) struct Avx2;
 
 impl Simd for Avx2 {
     type V = __m256;
+    type Words = __m256i;
     type Half = Self;
     const LANES: usize = 8;
     const WIDE: usize = 2;
@@ -97,6 +102,63 @@ impl Simd for Avx2 {
             let four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a hint, for any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn words(from: *const u8) -> __m256i {
+        // SAFETY: as above; eight words are there.
+        unsafe { _mm256_loadu_si256(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn first_words(from: *const u8, count: usize) -> __m256i {
+        // SAFETY: as above; masked words are not read.
+        unsafe {
+            let lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+            let mask = _mm256_cmpgt_epi32(_mm256_set1_epi32(count as i32), lane);
+            _mm256_maskload_epi32(from.cast(), mask)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn fp4(words: __m256i) -> __m256 {
+        // SAFETY: as above.
+        unsafe {
+            // Only the lowest three bits of an index count; the fourth is the sign.
+            let magnitudes = _mm256_loadu_ps(FP4_MAGNITUDES.as_ptr());
+            let numbers = _mm256_permutevar8x32_ps(magnitudes, words);
+            let signs = _mm256_castsi256_ps(_mm256_slli_epi32::<28>(words));
+            _mm256_or_ps(numbers, _mm256_and_ps(signs, _mm256_set1_ps(-0.0)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn next_fp4(words: __m256i) -> __m256i {
+        // SAFETY: as above.
+        unsafe { _mm256_srli_epi32::<4>(words) }
+    }
+
+    #[inline(always)]
+    unsafe fn block_scales(bytes: u32) -> __m256 {
+        // SAFETY: as above.
+        unsafe {
+            let bytes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes as i32));
+            // 0 and 255 are no exponents of f32.
+            let next = _mm_add_epi32(bytes, _mm_set1_epi32(1));
+            let high = _mm_and_si128(next, _mm_set1_epi32(0xfe));
+            let ends = _mm_cmpeq_epi32(high, _mm_setzero_si128());
+            let half = _mm_and_si128(ends, _mm_set1_epi32(HALF_OF_LEAST));
+            let scales = _mm_or_si128(_mm_slli_epi32::<23>(bytes), half);
+            let block = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+            let scales = _mm256_castsi128_si256(scales);
+            _mm256_castsi256_ps(_mm256_permutevar8x32_epi32(scales, block))
         }
     }
 }

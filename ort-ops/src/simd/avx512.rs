@@ -1,12 +1,17 @@
 //! AVX-512: sixteen numbers a vector, 32 registers.
 
 use std::arch::x86_64::{
-    __m512, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _mm512_add_ps, _mm512_fmadd_ps,
-    _mm512_loadu_ps, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_mul_ps, _mm512_reduce_add_ps,
-    _mm512_roundscale_ps, _mm512_scalef_ps, _mm512_set1_ps, _mm512_storeu_ps,
+    __m512, __m512i, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0, _mm_add_epi32,
+    _mm_cvtepu8_epi32, _mm_cvtsi32_si128, _mm_mask_or_epi32, _mm_prefetch, _mm_set1_epi32,
+    _mm_slli_epi32, _mm_testn_epi32_mask, _mm512_add_ps, _mm512_castsi128_si512,
+    _mm512_castsi512_ps, _mm512_fmadd_ps, _mm512_loadu_ps, _mm512_loadu_si512,
+    _mm512_maskz_loadu_epi32, _mm512_maskz_loadu_ps, _mm512_max_ps, _mm512_mul_ps,
+    _mm512_permutexvar_epi32, _mm512_permutexvar_ps, _mm512_reduce_add_ps, _mm512_roundscale_ps,
+    _mm512_scalef_ps, _mm512_set1_ps, _mm512_setr_epi32, _mm512_setr_ps, _mm512_srli_epi32,
+    _mm512_storeu_ps,
 };
 
-use super::{Avx2, Simd};
+use super::{Avx2, FP4_MAGNITUDES as FP4, HALF_OF_LEAST, Simd};
 
 /// Needs avx512f, avx512vl and what [`Avx2`] needs.
 #[derive(Clone, Copy)]
@@ -14,6 +19,7 @@ pub(crate) struct Avx512;
 
 impl Simd for Avx512 {
     type V = __m512;
+    type Words = __m512i;
     type Half = Avx2;
     const LANES: usize = 16;
     const WIDE: usize = 4;
@@ -82,5 +88,60 @@ impl Simd for Avx512 {
     unsafe fn sum(x: __m512) -> f32 {
         // SAFETY: as above.
         unsafe { _mm512_reduce_add_ps(x) }
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(at: *const u8) {
+        // SAFETY: a hint, for any address.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn words(from: *const u8) -> __m512i {
+        // SAFETY: as above; sixteen words are there.
+        unsafe { _mm512_loadu_si512(from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn first_words(from: *const u8, count: usize) -> __m512i {
+        // SAFETY: as above; masked words are not read.
+        unsafe { _mm512_maskz_loadu_epi32((1 << count) - 1, from.cast()) }
+    }
+
+    #[inline(always)]
+    unsafe fn fp4(words: __m512i) -> __m512 {
+        // SAFETY: as above.
+        unsafe {
+            let table = _mm512_setr_ps(
+                FP4[0], FP4[1], FP4[2], FP4[3], FP4[4], FP4[5], FP4[6], FP4[7], -FP4[0], -FP4[1],
+                -FP4[2], -FP4[3], -FP4[4], -FP4[5], -FP4[6], -FP4[7],
+            );
+            // Only the lowest four bits of an index count.
+            _mm512_permutexvar_ps(words, table)
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn next_fp4(words: __m512i) -> __m512i {
+        // SAFETY: as above.
+        unsafe { _mm512_srli_epi32::<4>(words) }
+    }
+
+    #[inline(always)]
+    unsafe fn block_scales(bytes: u32) -> __m512 {
+        // SAFETY: as above.
+        unsafe {
+            let bytes = _mm_cvtepu8_epi32(_mm_cvtsi32_si128(bytes as i32));
+            // 0 and 255 are no exponents of f32.
+            let ends = _mm_testn_epi32_mask(
+                _mm_add_epi32(bytes, _mm_set1_epi32(1)),
+                _mm_set1_epi32(0xfe),
+            );
+            let scales = _mm_slli_epi32::<23>(bytes);
+            let scales = _mm_mask_or_epi32(scales, ends, scales, _mm_set1_epi32(HALF_OF_LEAST));
+            let block = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+            let scales = _mm512_castsi128_si512(scales);
+            _mm512_castsi512_ps(_mm512_permutexvar_epi32(block, scales))
+        }
     }
 }

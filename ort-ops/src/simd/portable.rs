@@ -1,6 +1,6 @@
 //! Eight numbers in an array, in plain Rust: any CPU.
 
-use super::Simd;
+use super::{FP4_MAGNITUDES, HALF_OF_LEAST, Simd};
 
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
@@ -18,6 +18,7 @@ fn each(f: impl Fn(usize) -> f32) -> [f32; LANES] {
 
 impl Simd for Portable {
     type V = [f32; LANES];
+    type Words = [u32; LANES];
     type Half = Self;
     const LANES: usize = LANES;
     const WIDE: usize = 1;
@@ -90,5 +91,52 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn sum(x: Self::V) -> f32 {
         x.iter().sum()
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(_: *const u8) {}
+
+    #[inline(always)]
+    unsafe fn words(from: *const u8) -> Self::Words {
+        // SAFETY: the caller has LANES words there.
+        let bytes = unsafe { from.cast::<[[u8; 4]; LANES]>().read_unaligned() };
+        bytes.map(u32::from_le_bytes)
+    }
+
+    #[inline(always)]
+    unsafe fn first_words(from: *const u8, count: usize) -> Self::Words {
+        let mut out = [0; LANES];
+        for (lane, word) in out.iter_mut().take(count).enumerate() {
+            // SAFETY: the caller has `count` words there.
+            let bytes = unsafe { from.cast::<[u8; 4]>().add(lane).read_unaligned() };
+            *word = u32::from_le_bytes(bytes);
+        }
+        out
+    }
+
+    #[inline(always)]
+    unsafe fn fp4(words: Self::Words) -> Self::V {
+        each(|i| {
+            let number = FP4_MAGNITUDES[words[i] as usize % 8];
+            f32::from_bits(number.to_bits() | (words[i] & 8) << 28)
+        })
+    }
+
+    #[inline(always)]
+    unsafe fn next_fp4(words: Self::Words) -> Self::Words {
+        words.map(|word| word >> 4)
+    }
+
+    #[inline(always)]
+    unsafe fn block_scales(bytes: u32) -> Self::V {
+        each(|i| {
+            let byte = bytes.to_le_bytes()[i / 4];
+            let half = if matches!(byte, 0 | 255) {
+                HALF_OF_LEAST
+            } else {
+                0
+            };
+            f32::from_bits(u32::from(byte) << 23 | half as u32)
+        })
     }
 }

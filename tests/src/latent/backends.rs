@@ -11,8 +11,8 @@ use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::desc::{AttentionDesc, Dtype, Mask};
 use mlac_kernels::emulate::emulate;
 use mlac_kernels::problem as kernel;
-use mlac_ort::attention::{Inputs, Layout, Pool, Shape, Step, append, attend, copy};
-use mlac_ort::{Element, Isa};
+use mlac_ort::attention::{Inputs, Layout, Shape, Step, append, attend, copy};
+use mlac_ort::{Element, Isa, Pool};
 
 use super::problem::{Kind, Problem};
 use super::reference::Answer;

@@ -101,7 +101,8 @@ fn write(problem: &Problem, folder: &Path) -> Outcome {
     fs::write(folder.join("problem.json"), about.to_string()).map_err(text)
 }
 
-fn read(path: &Path) -> Outcome<Vec<f32>> {
+/// f32 numbers of a file.
+pub fn read(path: &Path) -> Outcome<Vec<f32>> {
     let bytes = fs::read(path).map_err(|error| format!("{}: {error}", path.display()))?;
     let numbers = bytes.chunks_exact(4);
     Ok(numbers

@@ -1,4 +1,6 @@
-use super::*;
+use mlac_model::mxfp4::{self, FP4};
+
+use super::{decode::quads, *};
 use crate::ir::{Definition, Initializer};
 
 /// The constant behind a value.

@@ -4,6 +4,7 @@ mod attention;
 mod body;
 mod contraction;
 mod elementwise;
+mod experts;
 mod latent;
 mod shape;
 
@@ -96,6 +97,10 @@ pub(crate) fn infer(op: &Op, inputs: &[Option<Given<'_>>]) -> Result<Vec<Inferre
             sliding_window,
             plugin,
         } => latent::latent(*kv_lora_rank, *scale, *sliding_window, *plugin, args),
+        Op::Mxfp4Experts {
+            swiglu_limit,
+            swiglu_alpha,
+        } => one(experts::mxfp4(*swiglu_limit, *swiglu_alpha, args)),
     }
 }
 

@@ -4,9 +4,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use ort_sys::{ONNXTensorElementDataType as Type, OrtErrorCode, OrtKernelContext, OrtKernelInfo};
 
-use super::Node;
-use super::api::{Api, Result, Tensor};
-use super::node::{Attributes, INPUTS, inputs};
+use super::super::api::{Api, Result, Tensor};
+use super::super::declaration::Node;
+use super::node::Attributes;
+use super::{INPUTS, NAME};
 use crate::attention::{Layout, Shape};
 use crate::cuda::{Bundle, Call, Kernel, Loaded, copy};
 use crate::refusal::{Refusal, refuse};
@@ -23,13 +24,15 @@ pub(super) struct CudaKernel {
     loaded: Vec<Mutex<Option<Arc<Loaded>>>>,
 }
 
-impl Node for CudaKernel {
-    unsafe fn new(api: Api, info: *const OrtKernelInfo, element: Type) -> Result<Self> {
+impl CudaKernel {
+    /// # Safety
+    /// `info` is what the runtime gave to the kernel's creation; `element` is the type of the node's cached numbers.
+    pub(super) unsafe fn new(api: Api, info: *const OrtKernelInfo, element: Type) -> Result<Self> {
         // SAFETY: the caller's promise.
         let (attributes, bytes) =
             unsafe { (Attributes::read(api, info)?, api.bytes(info, "kernels")?) };
         let invalid =
-            |refusal: Refusal| api.status(OrtErrorCode::ORT_INVALID_GRAPH, &refusal.to_string());
+            |refusal: Refusal| api.refused(OrtErrorCode::ORT_INVALID_GRAPH, NAME, &refusal);
         let bytes = bytes.ok_or_else(|| {
             invalid(refuse(
                 "attribute `kernels`",
@@ -47,18 +50,23 @@ impl Node for CudaKernel {
             bundle,
         })
     }
+}
 
+impl Node for CudaKernel {
     fn api(&self) -> Api {
         self.api
     }
 
+    fn name(&self) -> &'static str {
+        NAME
+    }
+
     unsafe fn run(&self, context: *mut OrtKernelContext) -> Result<()> {
         let api = self.api;
-        let invalid =
-            |refusal: Refusal| api.status(OrtErrorCode::ORT_INVALID_ARGUMENT, &refusal.to_string());
+        let invalid = |refusal: Refusal| api.invalid(NAME, &refusal);
         // SAFETY: the caller's promise; the execution provider's tensors are memory of its device.
         unsafe {
-            let inputs = inputs(api, context)?;
+            let inputs = api.inputs::<{ INPUTS.len() }>(context)?;
             let shape = self.attributes.shape(&inputs).map_err(invalid)?;
             let (place, kernel) = self
                 .bundle

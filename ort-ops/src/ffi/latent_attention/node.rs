@@ -1,63 +1,11 @@
-//! What a node is, whatever runs it: inputs, outputs, attributes, and the shape of a step.
+//! What a node is, whatever runs it: its attributes, and the shape of a step.
 
-use ort_sys::{ONNXTensorElementDataType as Type, OrtErrorCode, OrtKernelContext, OrtKernelInfo};
+use ort_sys::{OrtErrorCode, OrtKernelInfo};
 
-use super::api::{Api, Result, Tensor};
+use super::super::api::{Api, Result, Tensor};
+use super::{INPUTS, NAME};
 use crate::attention::{Layout, Shape};
 use crate::refusal::{Refusal, refuse};
-
-/// An input or output as the operator declares it.
-pub(super) struct Port {
-    pub(super) name: &'static str,
-    /// `None`: the type of the cached numbers.
-    pub(super) element: Option<Type>,
-    pub(super) required: bool,
-}
-
-const fn port(name: &'static str, element: Option<Type>, required: bool) -> Port {
-    Port {
-        name,
-        element,
-        required,
-    }
-}
-
-const F32: Option<Type> = Some(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
-const I32: Option<Type> = Some(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32);
-const I64: Option<Type> = Some(Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
-
-pub(super) const INPUTS: [Port; 8] = [
-    port("query", None, true),
-    port("new_rows", None, true),
-    port("cache", None, true),
-    port("past_lengths", I32, true),
-    port("page_table", I32, false),
-    port("sinks", F32, false),
-    port("tree_mask", I64, false),
-    port("key_mask", I64, false),
-];
-
-pub(super) const OUTPUTS: [Port; 3] = [
-    port("sums", None, true),
-    port("cache_out", None, true),
-    port("lse", F32, false),
-];
-
-/// Every input of a run; `None` for those that are left out.
-///
-/// # Safety
-/// `context` is what the runtime gave to this run.
-pub(super) unsafe fn inputs(
-    api: Api,
-    context: *mut OrtKernelContext,
-) -> Result<[Option<Tensor>; INPUTS.len()]> {
-    let mut inputs = [const { None }; INPUTS.len()];
-    for (index, input) in inputs.iter_mut().enumerate() {
-        // SAFETY: the caller's promise.
-        *input = unsafe { api.input(context, index)? };
-    }
-    Ok(inputs)
-}
 
 /// A node's attributes.
 #[derive(Debug, Clone, Copy)]
@@ -80,7 +28,7 @@ impl Attributes {
             )
         };
         let invalid =
-            |refusal: Refusal| api.status(OrtErrorCode::ORT_INVALID_GRAPH, &refusal.to_string());
+            |refusal: Refusal| api.refused(OrtErrorCode::ORT_INVALID_GRAPH, NAME, &refusal);
         let text = |value: Option<String>| value.unwrap_or_else(|| "no such attribute".into());
         let kv_lora_rank = rank
             .and_then(|rank| usize::try_from(rank).ok())

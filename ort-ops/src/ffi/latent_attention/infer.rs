@@ -9,7 +9,7 @@ use ort_sys::{
     OrtTensorTypeAndShapeInfo,
 };
 
-use super::api::{Api, Result};
+use super::super::api::{Api, Result};
 
 /// An axis: its size, or its name where it varies.
 #[derive(Debug, Clone, PartialEq, Eq)]
