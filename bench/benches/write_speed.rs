@@ -23,6 +23,7 @@ const MODEL: RandomLlama = RandomLlama {
     head_dim: 64,
     intermediate: 4096,
     vocab: 32000,
+    gpt_oss: false,
 };
 
 fn convert_to(checkpoint: &Checkpoint, output: &Path) {

@@ -24,6 +24,8 @@ pub struct RandomLlama {
     pub intermediate: usize,
     /// Rows of the embedding.
     pub vocab: usize,
+    /// Whether it is a GPT-OSS: biases, sinks, queries that a conversion keeps, and one expert in place of the MLP.
+    pub gpt_oss: bool,
 }
 
 impl RandomLlama {
@@ -36,19 +38,35 @@ impl RandomLlama {
         head_dim: 64,
         intermediate: 1536,
         vocab: 512,
+        gpt_oss: false,
     };
-    /// The attention of GPT-OSS-20B (64 query heads, 8 KV heads of 64).
+    /// A layer with full attention of GPT-OSS-20B (64 query heads, 8 KV heads of 64).
     pub const GPT_OSS: Self = Self {
         layers: 1,
         hidden: 2880,
         heads: 64,
         kv_heads: 8,
         head_dim: 64,
-        intermediate: 512,
+        intermediate: 64,
         vocab: 512,
+        gpt_oss: true,
     };
 
     fn config_json(&self) -> serde_json::Value {
+        if self.gpt_oss {
+            return json!({
+                "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"],
+                "hidden_size": self.hidden, "intermediate_size": self.intermediate,
+                "num_hidden_layers": self.layers, "num_attention_heads": self.heads,
+                "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
+                "vocab_size": self.vocab, "max_position_embeddings": 65536,
+                "rms_norm_eps": 1e-5, "rope_theta": 150_000.0, "hidden_act": "silu",
+                "attention_bias": true, "tie_word_embeddings": false,
+                "num_local_experts": 1, "num_experts_per_tok": 1, "swiglu_limit": 7.0,
+                "layer_types": vec!["full_attention"; self.layers], "sliding_window": 128,
+                "bos_token_id": 1, "eos_token_id": 2
+            });
+        }
         json!({
             "model_type": "llama", "architectures": ["LlamaForCausalLM"],
             "hidden_size": self.hidden, "intermediate_size": self.intermediate,
