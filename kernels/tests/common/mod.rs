@@ -9,12 +9,13 @@ use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::source::{HEADERS, prologue};
 use mlac_kernels::{AttentionDesc, Kernel};
 
-const HOST: [(&str, &str); 7] = [
+const HOST: [(&str, &str); 8] = [
     ("machine.h", include_str!("../host/machine.h")),
     ("ptx.cuh", include_str!("../host/ptx.cuh")),
     ("hopper.cuh", include_str!("../host/hopper.cuh")),
     ("mma.cuh", include_str!("../host/mma.cuh")),
     ("main.cpp", include_str!("../host/main.cpp")),
+    ("problem.h", include_str!("../host/problem.h")),
     ("append.cpp", include_str!("../host/append.cpp")),
     ("matmul.cpp", include_str!("../host/matmul.cpp")),
 ];

@@ -1,19 +1,10 @@
 // Runs mlac_append on rows from a file: append PROBLEM ANSWER.
 
-#include <fstream>
-#include <iterator>
+#include "problem.h"
 
 int main(int, char** arguments) {
-  std::ifstream file(arguments[1], std::ios::binary);
-  std::vector<char> bytes((std::istreambuf_iterator<char>(file)), {});
-  const char* at = bytes.data();
-  // Every array into memory of its own, aligned for copies of 16 bytes.
-  auto take = [&](size_t size) {
-    void* memory = std::aligned_alloc(64, (size + 63) / 64 * 64);
-    std::memcpy(memory, at, size);
-    at += size;
-    return memory;
-  };
+  Problem problem(arguments[1]);
+  auto take = [&](size_t size) { return problem.take(size); };
   const int* head = static_cast<const int*>(take(12));
   AppendParams p{};
   p.tokens = head[0];
