@@ -2,6 +2,7 @@
 
 use std::ffi::c_void;
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::available_parallelism;
 
@@ -32,6 +33,9 @@ pub(super) unsafe fn all_mut<'a, T>(tensor: Option<&Tensor>) -> Option<&'a mut [
     Some(unsafe { std::slice::from_raw_parts_mut(tensor.data.cast::<T>(), tensor.count()) })
 }
 
+/// Asked for once: on Linux an answer reads files, which takes longer than a short step.
+static THREADS: OnceLock<usize> = OnceLock::new();
+
 /// The session's threads.
 pub(super) struct OrtPool {
     api: Api,
@@ -46,7 +50,7 @@ impl OrtPool {
         Self {
             api,
             context,
-            threads: available_parallelism().map_or(1, usize::from),
+            threads: *THREADS.get_or_init(|| available_parallelism().map_or(1, usize::from)),
             broken: AtomicBool::new(false),
         }
     }
