@@ -25,7 +25,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 
 constexpr bool kFp8 = MLAC_FP8;
 
-constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
+MLAC_CONSTEXPR int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // Row tiles of a request (MLA) and units of a request. GQA: a unit is a KV head.
 constexpr int kHeadTiles = ceil_div(kHeads, kHeadTile);

@@ -8,6 +8,7 @@ using u32 = unsigned int;
 using u64 = unsigned long long;
 
 #define MLAC_DEVICE __device__ __forceinline__
+#define MLAC_CONSTEXPR __host__ __device__ constexpr
 #define MLAC_KERNEL extern "C" __global__ void
 #define MLAC_DYNAMIC_SHARED(name) extern __shared__ __align__(1024) u8 name[]
 

@@ -31,9 +31,8 @@ pub const HEADERS: [(&str, &str); 20] = [
 ];
 
 /// What the compiler is told besides the architecture.
-pub const FLAGS: [&str; 5] = [
+pub const FLAGS: [&str; 4] = [
     "-std=c++17",
-    "-default-device",
     "-diag-suppress=177", // a constant of the prologue that this kernel has no use for
     "--ptxas-options=-v",
     "--ptxas-options=--warn-on-spills",

@@ -3,6 +3,7 @@
 #include "machine.h"
 
 #define MLAC_DEVICE inline
+#define MLAC_CONSTEXPR constexpr
 #define MLAC_KERNEL void
 #define MLAC_DYNAMIC_SHARED(name) u8* const name = machine.shared
 
