@@ -13,10 +13,10 @@ use mlac_model::Refusal;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
+use crate::compiler::{Compiler, options};
 use crate::config::AttentionConfig;
 use crate::desc::AttentionDesc;
 use crate::error::{KernelError, Result};
-use crate::nvrtc::{Compiler, options};
 use crate::source::{HEADERS, Source};
 
 /// SHA-256 in hexadecimal.
@@ -62,7 +62,7 @@ pub struct Entry {
     pub desc: AttentionDesc,
     /// The choice.
     pub config: AttentionConfig,
-    /// The compiler, with version.
+    /// The compiler's [`identity`](Compiler::identity).
     pub compiler: String,
     /// SHA-256 of the cubin.
     pub sha256: String,
@@ -70,6 +70,15 @@ pub struct Entry {
     pub bytes: u64,
     /// What the compiler said.
     pub log: String,
+}
+
+impl Entry {
+    /// Name and version of the compiler.
+    pub fn compiler_version(&self) -> &str {
+        self.compiler
+            .split_once(',')
+            .map_or(self.compiler.as_str(), |(version, _)| version)
+    }
 }
 
 /// A cubin, built or found.

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use mlac_model::Refusal;
 
+use crate::compiler::CompilerName;
+
 /// Result of everything in this crate.
 pub type Result<T> = std::result::Result<T, KernelError>;
 
@@ -25,13 +27,15 @@ pub enum KernelError {
         source: io::Error,
     },
     /// The compiler said no.
-    #[error("kernel {kernel}: NVRTC could not {action} ({code}):\n{log}")]
+    #[error("kernel {kernel}: {compiler} could not {action} ({code}):\n{log}")]
     Compile {
         /// The request.
         kernel: String,
+        /// The compiler.
+        compiler: CompilerName,
         /// What was asked of it.
         action: &'static str,
-        /// Its error's name.
+        /// Its error's name, or how it ended.
         code: String,
         /// Its log.
         log: String,

@@ -30,14 +30,6 @@ pub const HEADERS: [(&str, &str); 20] = [
     ("store.cuh", include_str!("../cuda/store.cuh")),
 ];
 
-/// What the compiler is told besides the architecture.
-pub const FLAGS: [&str; 4] = [
-    "-std=c++17",
-    "-diag-suppress=177", // a constant of the prologue that this kernel has no use for
-    "--ptxas-options=-v",
-    "--ptxas-options=--warn-on-spills",
-];
-
 /// A text with the functions it defines.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Source {

@@ -1,23 +1,20 @@
-//! Finding CUDA's compiler and its tools.
+//! Finding CUDA's compilers and tools.
 //!
 //! Order: `MLAC_CUDA` (which must then be right), `MLAC_RUNTIME_DIR`, `runtime/` beside the program, `target/runtime` above the
-//! program and above the current folder. A folder is usable when all four files are in it, in `lib/` and `bin/`.
+//! program and above the current folder. A folder is usable when NVRTC and the tools are in it, in `lib/` and `bin/`; nvcc, which
+//! may be asked for, is looked for in the same folder only.
 
 use std::env;
 use std::path::{Path, PathBuf};
 
 use mlac_model::{Refusal, runtime};
 
-/// The files of a toolchain, below its folder.
-const FILES: [&str; 4] = [
-    "lib/libnvrtc.so.13",
-    "lib/libnvrtc-builtins.so.13.0",
-    "bin/cuobjdump",
-    "bin/nvdisasm",
-];
 const NEEDED: &str = "lib/libnvrtc.so.13, lib/libnvrtc-builtins.so.13.0, bin/cuobjdump and bin/nvdisasm of CUDA 13.0";
 const FIX: &str = "run `cargo xtask setup` in mlac's checkout, or set MLAC_CUDA to a folder with these files \
                    (`pip install --target D nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm` makes D/nvidia/cu13)";
+const NVCC_NEEDED: &str = "bin/nvcc, nvvm/bin/cicc, bin/ptxas and include/ of CUDA 13.0";
+const NVCC_FIX: &str = "run `cargo xtask setup` in mlac's checkout, or install nvidia-cuda-nvcc==13.0.88, nvidia-nvvm==13.0.88, \
+                        nvidia-cuda-crt==13.0.88 and nvidia-cuda-runtime==13.0.96 into the same folder";
 
 /// A folder with all of them.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -26,6 +23,24 @@ pub struct Toolchain {
 }
 
 impl Toolchain {
+    /// The files of a toolchain, below its folder.
+    pub(crate) const FILES: [&str; 4] = [
+        "lib/libnvrtc.so.13",
+        "lib/libnvrtc-builtins.so.13.0",
+        "bin/cuobjdump",
+        "bin/nvdisasm",
+    ];
+
+    /// What nvcc needs besides, below the same folder; each package of it has a file here.
+    pub(crate) const NVCC: [&str; 6] = [
+        "bin/nvcc",
+        "bin/nvcc.profile",
+        "bin/ptxas",
+        "nvvm/bin/cicc",
+        "include/crt/host_config.h",
+        "include/cuda_runtime.h",
+    ];
+
     /// The first usable folder.
     ///
     /// # Errors
@@ -38,7 +53,7 @@ impl Toolchain {
     /// As [`find`](Self::find), from the variable's value and the places to look at without it.
     pub fn among(chosen: Option<&Path>, places: &[PathBuf]) -> Result<Self, Refusal> {
         if let Some(folder) = chosen {
-            let missing = missing(folder);
+            let missing = missing(folder, &Self::FILES);
             if missing.is_empty() {
                 return Ok(Self {
                     folder: folder.to_path_buf(),
@@ -51,7 +66,10 @@ impl Toolchain {
                 "correct or unset MLAC_CUDA",
             ));
         }
-        if let Some(folder) = places.iter().find(|folder| missing(folder).is_empty()) {
+        if let Some(folder) = places
+            .iter()
+            .find(|folder| missing(folder, &Self::FILES).is_empty())
+        {
             return Ok(Self {
                 folder: folder.clone(),
             });
@@ -71,25 +89,48 @@ impl Toolchain {
     }
 
     pub(crate) fn nvrtc(&self) -> PathBuf {
-        self.folder.join(FILES[0])
+        self.folder.join(Self::FILES[0])
     }
 
     pub(crate) fn builtins(&self) -> PathBuf {
-        self.folder.join(FILES[1])
+        self.folder.join(Self::FILES[1])
     }
 
     pub(crate) fn cuobjdump(&self) -> PathBuf {
-        self.folder.join(FILES[2])
+        self.folder.join(Self::FILES[2])
     }
 
     pub(crate) fn nvdisasm(&self) -> PathBuf {
-        self.folder.join(FILES[3])
+        self.folder.join(Self::FILES[3])
+    }
+
+    /// nvcc, when all of it is there.
+    pub(crate) fn nvcc(&self) -> Result<PathBuf, Refusal> {
+        let missing = missing(&self.folder, &Self::NVCC);
+        if missing.is_empty() {
+            return Ok(self.folder.join(Self::NVCC[0]));
+        }
+        Err(Refusal::new(
+            "nvcc",
+            format!("a folder with {NVCC_NEEDED}"),
+            format!("{} without {}", self.folder.display(), missing.join(", ")),
+            NVCC_FIX,
+        ))
+    }
+
+    pub(crate) fn ptxas(&self) -> PathBuf {
+        self.folder.join(Self::NVCC[2])
+    }
+
+    pub(crate) fn cicc(&self) -> PathBuf {
+        self.folder.join(Self::NVCC[3])
     }
 }
 
-fn missing(folder: &Path) -> Vec<&'static str> {
-    FILES
-        .into_iter()
+fn missing(folder: &Path, files: &[&'static str]) -> Vec<&'static str> {
+    files
+        .iter()
+        .copied()
         .filter(|file| !folder.join(file).is_file())
         .collect()
 }
@@ -116,7 +157,10 @@ mod tests {
     fn a_whole_toolchain_is_found_and_a_partial_one_named() {
         let root = tempfile::tempdir().unwrap();
         let (half, whole) = (root.path().join("half"), root.path().join("whole"));
-        for (folder, files) in [(&half, &FILES[..2]), (&whole, &FILES[..])] {
+        for (folder, files) in [
+            (&half, &Toolchain::FILES[..2]),
+            (&whole, &Toolchain::FILES[..]),
+        ] {
             for file in files {
                 let path = folder.join(file);
                 fs::create_dir_all(path.parent().unwrap()).unwrap();

@@ -28,7 +28,9 @@ use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::launch::{Call, Recipe, Region};
 use mlac_kernels::params::{DecodeParams, PlanParams, StoreParams};
 use mlac_kernels::problem::{Answer, Problem, bits, compare, from_bits};
-use mlac_kernels::{Arch, AttentionDesc, Cache, Compiler, Dtype, Mask, Source, Toolchain};
+use mlac_kernels::{
+    Arch, AttentionDesc, Cache, Compiler, CompilerName, Dtype, Mask, Source, Toolchain,
+};
 use step::{empty_cubin, fake_driver, make_contiguous, new_rows};
 
 const SANITIZE: [&str; 4] = [
@@ -503,7 +505,8 @@ fn gpt_oss() -> AttentionDesc {
 fn pages_and_sinks_with_a_real_cubin_on_hopper() {
     let step = Step::new(gpt_oss(), &[1, 64, 200], 3, true, true);
     let toolchain = Toolchain::find().unwrap_or_else(|refusal| panic!("{refusal}"));
-    let compiler = Compiler::load(&toolchain).unwrap_or_else(|error| panic!("{error}"));
+    let compiler =
+        Compiler::load(&toolchain, CompilerName::Nvrtc).unwrap_or_else(|error| panic!("{error}"));
     let cubin = Cache::at(step.folder.path())
         .get(&step.desc, &compiler)
         .unwrap_or_else(|error| panic!("{error}"));

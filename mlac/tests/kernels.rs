@@ -33,7 +33,7 @@ fn a_kernel_is_built_listed_checked_and_its_damage_seen() {
     assert!(first.status.success(), "{}{out}", text(&first.stderr));
     for part in [
         "MLA, latent 192 + rotated key 64, 64 heads",
-        "compiled in",
+        "compiled by NVRTC 13.0 in",
         "mlac_decode",
         "stack 0, local 0",
         "40 HGMMA, 8 UTMALDG, 0 UBLKCP, 0 HMMA, 0 LDL, 0 STL",
@@ -95,6 +95,44 @@ fn fp8_kernels_go_into_a_folder_of_ones_own() {
 }
 
 #[test]
+fn nvcc_compiles_where_it_is_asked_for_and_takes_no_flags_from_outside() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let build = |compiler: &str| {
+        let output = Command::new(env!("CARGO_BIN_EXE_mlac"))
+            .args([
+                "kernels",
+                "build",
+                "--arch",
+                "sm_80",
+                "--compiler",
+                compiler,
+            ])
+            .args(["--kv-lora-rank", "64"])
+            .env("MLAC_KERNEL_CACHE", folder.path().join("cache"))
+            .env("NVCC_APPEND_FLAGS", "--no-such-flag")
+            .output()
+            .expect("mlac runs");
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        text(&output.stdout)
+    };
+    for how in [" in ", ", from the cache"] {
+        for (compiler, name) in [("nvcc", "nvcc 13.0.88"), ("nvrtc", "NVRTC 13.0")] {
+            let out = build(compiler);
+            assert!(out.contains(&format!("compiled by {name}{how}")), "{out}");
+        }
+    }
+    for command in ["list", "check"] {
+        let told = text(&mlac(folder.path(), &[command]).stdout);
+        assert!(
+            told.contains("nvcc 13.0.88")
+                && told.contains("NVRTC 13.0")
+                && told.contains("2 kernels in"),
+            "{told}"
+        );
+    }
+}
+
+#[test]
 fn what_no_kernel_computes_is_refused_with_what_there_is() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     for (args, parts) in [
@@ -118,16 +156,44 @@ fn what_no_kernel_computes_is_refused_with_what_there_is() {
 #[test]
 fn a_missing_compiler_is_told() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let refused = Command::new(env!("CARGO_BIN_EXE_mlac"))
-        .args(["kernels", "build", "--arch", "sm_90a"])
-        .env("MLAC_KERNEL_CACHE", folder.path())
-        .env("MLAC_CUDA", folder.path())
-        .output()
-        .expect("mlac runs");
-    assert_eq!(refused.status.code(), Some(2));
-    let err = text(&refused.stderr);
+    let build = |compiler: &str| {
+        let refused = Command::new(env!("CARGO_BIN_EXE_mlac"))
+            .args([
+                "kernels",
+                "build",
+                "--arch",
+                "sm_90a",
+                "--compiler",
+                compiler,
+            ])
+            .env("MLAC_KERNEL_CACHE", folder.path())
+            .env("MLAC_CUDA", folder.path())
+            .output()
+            .expect("mlac runs");
+        assert_eq!(refused.status.code(), Some(2));
+        text(&refused.stderr)
+    };
+    let err = build("nvrtc");
     assert!(
         err.contains("MLAC_CUDA") && err.contains("without lib/libnvrtc.so.13"),
+        "{err}"
+    );
+    // NVRTC is there, and does not stand in for nvcc.
+    for file in [
+        "lib/libnvrtc.so.13",
+        "lib/libnvrtc-builtins.so.13.0",
+        "bin/cuobjdump",
+        "bin/nvdisasm",
+    ] {
+        let path = folder.path().join(file);
+        fs::create_dir_all(path.parent().expect("a folder")).expect("a folder");
+        fs::write(path, "").expect("a file");
+    }
+    let err = build("nvcc");
+    assert!(
+        err.contains("nvcc: expected a folder with bin/nvcc")
+            && err.contains("without bin/nvcc, ")
+            && err.contains("fix:"),
         "{err}"
     );
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use mlac_kernels::launch::{Decoder, Device, Recipe};
 use mlac_kernels::{
-    Arch, AttentionConfig, AttentionDesc, Cache, Compiler, Dtype, Toolchain, bundle,
+    Arch, AttentionConfig, AttentionDesc, Cache, Compiler, CompilerName, Dtype, Toolchain, bundle,
 };
 use mlac_model::{ModelConfig, Refusal};
 
@@ -32,7 +32,7 @@ impl LatentKernels {
     pub(super) fn open(target: Target) -> Result<Self> {
         let arch = arch(target)?;
         let toolchain = Toolchain::find()?;
-        let compiler = Compiler::load(&toolchain)?;
+        let compiler = Compiler::load(&toolchain, CompilerName::Nvrtc)?;
         let device = Device::open(0)?;
         if device.capability() != arch.capability() {
             let (major, minor) = device.capability();

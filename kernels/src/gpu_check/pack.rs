@@ -14,10 +14,9 @@ use crate::desc::AttentionDesc;
 use crate::emulate::emulate;
 use crate::error::{KernelError, Result};
 use crate::matmul::Matmul;
-use crate::nvrtc::Compiler;
 use crate::problem::{Problem, compare};
 use crate::toolchain::Toolchain;
-use crate::{Arch, Report};
+use crate::{Arch, Compiler, CompilerName, Report};
 
 const LIST: &str = "pack.json";
 pub(super) const PROGRAM: &str = "mlac-gpu-check";
@@ -67,7 +66,7 @@ pub struct Packed {
 
 pub(super) fn pack(folder: &Path, archs: &[Arch]) -> Result<Pack> {
     let toolchain = Toolchain::find()?;
-    let compiler = Compiler::load(&toolchain)?;
+    let compiler = Compiler::load(&toolchain, CompilerName::Nvrtc)?;
     let scratch =
         tempfile::tempdir().map_err(KernelError::io(folder, "make a temporary folder for"))?;
     let cache = Cache::at(scratch.path());

@@ -384,7 +384,7 @@ pub struct CompileArgs {
 pub enum KernelCommand {
     /// Compile the attention kernels of a layer for a GPU and report registers, stack and instructions.
     #[command(
-        after_help = "Example:\n  mlac kernels build --arch sm_90a --kv-lora-rank 192 --rope-dim 64 --sinks"
+        after_help = "Examples:\n  mlac kernels build --arch sm_90a --kv-lora-rank 192 --rope-dim 64 --sinks\n  mlac kernels build --arch sm_90a --kv-lora-rank 192 --compiler nvcc"
     )]
     Build(KernelBuildArgs),
     /// List the compiled kernels.
@@ -412,6 +412,15 @@ pub enum MaskArg {
     Causal,
     /// Of the draft, those whose bit is set.
     Tree,
+}
+
+/// Which of CUDA's compilers compiles.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CompilerArg {
+    /// The library, which needs no host compiler.
+    Nvrtc,
+    /// The program, which needs g++ (or what `CXX` names) beside it.
+    Nvcc,
 }
 
 /// `mlac kernels build`.
@@ -466,6 +475,9 @@ pub struct KernelBuildArgs {
     /// Tokens in a page of the cache.
     #[arg(long, default_value_t = 64)]
     pub page: u32,
+    /// Which of CUDA's compilers compiles; neither stands in for the other.
+    #[arg(long, value_enum, default_value_t = CompilerArg::Nvrtc)]
+    pub compiler: CompilerArg,
     /// Where the compiled kernel goes.
     #[command(flatten)]
     pub place: KernelCacheArgs,

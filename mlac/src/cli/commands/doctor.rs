@@ -3,14 +3,14 @@
 use std::fmt::Write as _;
 
 use mlac_engines::doctor::{Part, examine};
-use mlac_kernels::{Compiler, Toolchain};
+use mlac_kernels::{Compiler, CompilerName, Toolchain};
 
 use super::Context;
 use crate::error::Error;
 
 pub(super) fn run(context: Context) -> Result<bool, Error> {
     let mut parts = examine();
-    parts.push(cuda_compiler());
+    parts.extend(CompilerName::ALL.map(cuda_compiler));
     let mut text = String::new();
     for part in &parts {
         let _ = writeln!(text, "{}", part.component);
@@ -28,15 +28,21 @@ pub(super) fn run(context: Context) -> Result<bool, Error> {
     Ok(parts.iter().all(|p| p.found.is_some() || !p.required))
 }
 
-/// The compiler of our own kernels, as `mlac kernels build` would take it.
-fn cuda_compiler() -> Part {
+/// A compiler of our own kernels, as `mlac kernels build` would take it.
+fn cuda_compiler(name: CompilerName) -> Part {
+    let needed = match name {
+        CompilerName::Nvrtc => {
+            "NVRTC, cuobjdump and nvdisasm of CUDA 13.0, to compile and check mlac's own kernels"
+        }
+        CompilerName::Nvcc => {
+            "nvcc of CUDA 13.0 beside NVRTC, and g++, for `mlac kernels build --compiler nvcc` only"
+        }
+    };
     let mut part = Part {
-        component: "CUDA compiler".into(),
+        component: format!("CUDA compiler {name}"),
         found: None,
         version: None,
-        needed:
-            "NVRTC, cuobjdump and nvdisasm of CUDA 13.0, to compile and check mlac's own kernels"
-                .into(),
+        needed: needed.into(),
         fix: None,
         required: false,
     };
@@ -47,11 +53,10 @@ fn cuda_compiler() -> Part {
             return part;
         }
     };
-    match Compiler::load(&toolchain) {
+    match Compiler::load(&toolchain, name) {
         Ok(compiler) => {
             part.found = Some(toolchain.folder().display().to_string());
-            let (major, minor) = compiler.version();
-            part.version = Some(format!("{major}.{minor}"));
+            part.version = Some(compiler.version().to_owned());
         }
         Err(error) => part.fix = Some(error.to_string()),
     }

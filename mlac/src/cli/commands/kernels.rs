@@ -4,12 +4,13 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use mlac_kernels::{
-    Attention, AttentionDesc, Cache, CacheDtype, Compiler, Cubin, Dtype, Mask, Report, Toolchain,
+    Attention, AttentionDesc, Cache, CacheDtype, Compiler, CompilerName, Cubin, Dtype, Mask,
+    Report, Toolchain,
 };
 use serde::Serialize;
 
 use super::Context;
-use crate::cli::args::{KernelBuildArgs, KernelCacheArgs, KernelCommand, MaskArg};
+use crate::cli::args::{CompilerArg, KernelBuildArgs, KernelCacheArgs, KernelCommand, MaskArg};
 use crate::cli::units::show_bytes;
 use crate::error::Error;
 
@@ -96,7 +97,11 @@ fn build(args: &KernelBuildArgs, context: Context) -> Result<bool, Error> {
     // Refused before a compiler is looked for.
     desc.check()?;
     let toolchain = Toolchain::find()?;
-    let compiler = Compiler::load(&toolchain)?;
+    let name = match args.compiler {
+        CompilerArg::Nvrtc => CompilerName::Nvrtc,
+        CompilerArg::Nvcc => CompilerName::Nvcc,
+    };
+    let compiler = Compiler::load(&toolchain, name)?;
     let started = Instant::now();
     let cubin = cache(&args.place)?.get(&desc, &compiler)?;
     let seconds = started.elapsed().as_secs_f64();
@@ -108,9 +113,15 @@ fn build(args: &KernelBuildArgs, context: Context) -> Result<bool, Error> {
         told.file,
         show_bytes(told.bytes),
         if cubin.built {
-            format!("compiled in {seconds:.2} s")
+            format!(
+                "compiled by {} in {seconds:.2} s",
+                cubin.entry.compiler_version()
+            )
         } else {
-            "from the cache".to_owned()
+            format!(
+                "compiled by {}, from the cache",
+                cubin.entry.compiler_version()
+            )
         }
     );
     if let Some(report) = &told.report {
@@ -145,9 +156,10 @@ fn list(place: &KernelCacheArgs, context: Context) -> Result<bool, Error> {
             Ok(cubin) => {
                 let _ = writeln!(
                     text,
-                    "{}  {}, {}",
+                    "{}  {}, {}, {}",
                     cubin.entry.desc,
                     cubin.entry.config.kernel.file(),
+                    cubin.entry.compiler_version(),
                     show_bytes(cubin.entry.bytes)
                 );
                 told.push(Told::of(&cubin, None));
@@ -184,7 +196,12 @@ fn check(place: &KernelCacheArgs, context: Context) -> Result<bool, Error> {
                     "FAILED"
                 };
                 good &= one.complaints.is_empty();
-                let _ = writeln!(text, "{verdict} {}", one.request);
+                let _ = writeln!(
+                    text,
+                    "{verdict} {}  {}",
+                    one.request,
+                    cubin.entry.compiler_version()
+                );
                 complain(&mut text, &one);
                 told.push(one);
             }

@@ -1,4 +1,4 @@
-//! NVRTC, opened at run time: a text in, a cubin out.
+//! NVRTC, opened at run time.
 #![expect(unsafe_code, reason = "loading a library and calling its entry points")]
 
 use std::ffi::{CStr, CString, c_char, c_int, c_void};
@@ -8,9 +8,10 @@ use std::ptr;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 use mlac_model::Refusal;
 
+use super::{Backend, Compiled, Compiler, CompilerName, FILE, MAJOR, options, size, without_times};
 use crate::arch::Arch;
 use crate::error::{KernelError, Result};
-use crate::source::{FLAGS, HEADERS, Source};
+use crate::source::{HEADERS, Source};
 use crate::toolchain::Toolchain;
 
 type Program = *mut c_void;
@@ -36,22 +37,11 @@ struct Functions {
     error: unsafe extern "C" fn(Code) -> *const c_char,
 }
 
-/// The compiler, loaded.
-pub struct Compiler {
+/// The library, loaded.
+pub(super) struct Nvrtc {
     functions: Functions,
-    version: (i32, i32),
-    identity: String,
     // Dropped last: the functions point into them.
     _libraries: [Library; 2],
-}
-
-/// What a compilation left.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Compiled {
-    /// An ELF file for the driver.
-    pub cubin: Vec<u8>,
-    /// What the compiler and the assembler said: registers, stack, spills, warnings.
-    pub log: String,
 }
 
 fn open(path: &Path, flags: c_int) -> Result<Library> {
@@ -85,12 +75,9 @@ unsafe fn symbol<F: Copy>(library: &Library, path: &Path, name: &str) -> Result<
     }
 }
 
-impl Compiler {
+impl Nvrtc {
     /// Loads the toolchain's NVRTC.
-    ///
-    /// # Errors
-    /// Found / needed / fix when it cannot be loaded or is another major version.
-    pub fn load(toolchain: &Toolchain) -> Result<Self> {
+    pub(super) fn load(toolchain: &Toolchain) -> Result<Compiler> {
         // NVRTC opens its builtins by name; loaded first, they are found wherever they lie.
         let builtins = open(&toolchain.builtins(), RTLD_NOW | RTLD_GLOBAL)?;
         let path = toolchain.nvrtc();
@@ -112,42 +99,31 @@ impl Compiler {
         let (mut major, mut minor) = (0, 0);
         // SAFETY: two places to write to.
         unsafe { (functions.version)(&raw mut major, &raw mut minor) };
-        if major != 13 {
+        if u32::try_from(major) != Ok(MAJOR) {
             return Err(Refusal::new(
                 path.display().to_string(),
-                "NVRTC 13",
+                format!("NVRTC {MAJOR}"),
                 format!("NVRTC {major}.{minor}"),
                 "run `cargo xtask setup`, or set MLAC_CUDA to CUDA 13.0",
             )
             .into());
         }
-        // NVRTC tells no patch number; the sizes of its files tell builds apart.
-        let size = |path: &Path| {
-            std::fs::metadata(path)
-                .map(|m| m.len())
-                .map_err(KernelError::io(path, "read"))
-        };
+        let version = format!("{major}.{minor}");
+        // NVRTC tells no patch number.
         let identity = format!(
-            "NVRTC {major}.{minor}, {} and {} bytes",
+            "{} {version}, {} and {} bytes",
+            CompilerName::Nvrtc,
             size(&path)?,
             size(&toolchain.builtins())?
         );
-        Ok(Self {
-            functions,
-            version: (major, minor),
+        Ok(Compiler {
+            version,
             identity,
-            _libraries: [library, builtins],
+            backend: Backend::Nvrtc(Self {
+                functions,
+                _libraries: [library, builtins],
+            }),
         })
-    }
-
-    /// For example 13 and 0.
-    pub fn version(&self) -> (i32, i32) {
-        self.version
-    }
-
-    /// Tells one build of the compiler from another, for cache keys.
-    pub fn identity(&self) -> &str {
-        &self.identity
     }
 
     fn error(&self, kernel: &str, action: &'static str, code: Code, log: String) -> KernelError {
@@ -155,17 +131,14 @@ impl Compiler {
         let code = unsafe { CStr::from_ptr((self.functions.error)(code)) };
         KernelError::Compile {
             kernel: kernel.to_owned(),
+            compiler: CompilerName::Nvrtc,
             action,
             code: code.to_string_lossy().into_owned(),
             log,
         }
     }
 
-    /// Compiles a source. `kernel` names it in errors.
-    ///
-    /// # Errors
-    /// With the compiler's log.
-    pub fn compile(&self, kernel: &str, source: &Source, arch: Arch) -> Result<Compiled> {
+    pub(super) fn compile(&self, kernel: &str, source: &Source, arch: Arch) -> Result<Compiled> {
         let text = |text: &str| {
             CString::new(text).map_err(|_| {
                 KernelError::from(Refusal::new(
@@ -177,7 +150,7 @@ impl Compiler {
             })
         };
         let source_text = text(&source.text)?;
-        let name = text("kernel.cu")?;
+        let name = text(FILE)?;
         let header_texts = HEADERS
             .iter()
             .map(|(_, body)| text(body))
@@ -196,7 +169,7 @@ impl Compiler {
         let flag_pointers = pointers(&flags);
 
         let mut program = Guard {
-            compiler: self,
+            nvrtc: self,
             program: ptr::null_mut(),
         };
         // SAFETY: every pointer is to a NUL-terminated text, or to an array of them, that outlives the call.
@@ -228,13 +201,7 @@ impl Compiler {
             self.functions.log,
         )?;
         let log = String::from_utf8_lossy(&log);
-        // Without the times: the same source has the same log.
-        let lines: Vec<&str> = log
-            .trim_end_matches('\0')
-            .lines()
-            .filter(|line| !line.contains("Compile time"))
-            .collect();
-        let log = lines.join("\n");
+        let log = without_times(log.trim_end_matches('\0'));
         if code != 0 {
             return Err(self.error(kernel, "compile", code, log));
         }
@@ -248,15 +215,8 @@ impl Compiler {
     }
 }
 
-/// Every flag of a compilation.
-pub fn options(arch: Arch) -> Vec<String> {
-    let mut options = vec![format!("-arch={arch}")];
-    options.extend(FLAGS.iter().map(|flag| (*flag).to_owned()));
-    options
-}
-
 struct Guard<'a> {
-    compiler: &'a Compiler,
+    nvrtc: &'a Nvrtc,
     program: Program,
 }
 
@@ -272,13 +232,13 @@ impl Guard<'_> {
         // SAFETY: the program exists and there is a place for the size.
         let code = unsafe { size(self.program, &raw mut count) };
         if code != 0 {
-            return Err(self.compiler.error(kernel, action, code, String::new()));
+            return Err(self.nvrtc.error(kernel, action, code, String::new()));
         }
         let mut bytes = vec![0_u8; count];
         // SAFETY: the buffer has the size that NVRTC asked for.
         let code = unsafe { get(self.program, bytes.as_mut_ptr().cast()) };
         if code != 0 {
-            return Err(self.compiler.error(kernel, action, code, String::new()));
+            return Err(self.nvrtc.error(kernel, action, code, String::new()));
         }
         Ok(bytes)
     }
@@ -288,7 +248,7 @@ impl Drop for Guard<'_> {
     fn drop(&mut self) {
         if !self.program.is_null() {
             // SAFETY: created by this library, destroyed once.
-            unsafe { (self.compiler.functions.destroy)(&raw mut self.program) };
+            unsafe { (self.nvrtc.functions.destroy)(&raw mut self.program) };
         }
     }
 }
@@ -315,7 +275,7 @@ mod tests {
             fs::copy(from, place).unwrap();
         }
         let toolchain = Toolchain::among(Some(folder.path()), &[]).unwrap();
-        Compiler::load(&toolchain).err().unwrap().to_string()
+        Nvrtc::load(&toolchain).err().unwrap().to_string()
     }
 
     #[test]
