@@ -435,3 +435,31 @@ fn compensation_keeps_the_streams_together() {
         );
     }
 }
+
+/// `mlac ... | head` ends well; a result that cannot be written is an error.
+#[test]
+fn a_reader_that_has_seen_enough_is_no_failure_and_a_full_disk_is() {
+    let bench = Bench::with("llama_llama3");
+    let args = ["plan", "model", "--budget", "0.5"];
+    let (reader, writer) = std::io::pipe().expect("a pipe");
+    drop(reader);
+    let closed = bench
+        .command(&args)
+        .stdout(writer)
+        .output()
+        .expect("mlac runs");
+    let said = String::from_utf8_lossy(&closed.stderr);
+    assert!(closed.status.success(), "{:?}: {said}", closed.status);
+    let full = fs::OpenOptions::new()
+        .write(true)
+        .open("/dev/full")
+        .expect("a device that is always full");
+    let failed = bench
+        .command(&args)
+        .stdout(full)
+        .output()
+        .expect("mlac runs");
+    let said = String::from_utf8_lossy(&failed.stderr);
+    assert_eq!(failed.status.code(), Some(2), "{said}");
+    assert!(said.contains("standard output"), "{said}");
+}

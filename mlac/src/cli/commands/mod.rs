@@ -12,6 +12,8 @@ mod kernels;
 mod plan;
 mod verify;
 
+use std::io::{self, Write};
+
 use mlac_model::Refusal;
 use serde::Serialize;
 
@@ -63,17 +65,19 @@ pub fn run(cli: Cli) -> Result<bool, Error> {
 }
 
 impl Context {
-    /// Prints the result: JSON when asked, else text.
-    #[expect(
-        clippy::print_stdout,
-        reason = "the result of a command goes to standard output"
-    )]
+    /// Prints the result: JSON when asked, else text. A reader that closes the pipe has seen what it wanted.
     fn show(self, value: &impl Serialize, text: &str) -> Result<(), Error> {
-        if self.json {
-            print!("{}", pretty(value)?);
+        let text = if self.json {
+            pretty(value)?
         } else {
-            println!("{}", text.trim_end());
+            format!("{}\n", text.trim_end())
+        };
+        let mut out = io::stdout().lock();
+        match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+            Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+                Err(Error::io("standard output", error))
+            }
+            _ => Ok(()),
         }
-        Ok(())
     }
 }
