@@ -1,10 +1,10 @@
-//! `mlac::LatentAttention` and `mlac::Mxfp4Experts` for ONNX Runtime on a CPU, the first also on an NVIDIA GPU.
+//! `mlac::LatentAttention`, `mlac::Mxfp4Experts` and `mlac::Linear16` for ONNX Runtime on a CPU, the first also on an NVIDIA GPU.
 //!
 //! The library `libmlac_ort.so` has one entry point, [`RegisterCustomOps`], which ONNX Runtime calls
 //! (`register_custom_ops_library` in Python) and mlac's own sessions call directly. What the operators compute is
-//! specified in `docs/latent-attention.md` and `docs/mxfp4-experts.md`.
+//! specified in `docs/latent-attention.md`, `docs/mxfp4-experts.md` and `docs/linear16.md`.
 //!
-//! [`attention`] and [`experts`] are the operators in Rust, without ONNX Runtime. `cuda/` launches the kernels that a node brings with it.
+//! [`attention`], [`experts`] and [`linear`] are the operators in Rust, without ONNX Runtime. `cuda/` launches the kernels that a node brings with it.
 #![expect(
     unsafe_code,
     reason = "vector instructions on rows behind pointers, and the C interfaces of ONNX Runtime and CUDA's driver"
@@ -19,6 +19,7 @@ mod cuda;
 mod element;
 pub mod experts;
 mod ffi;
+pub mod linear;
 mod pool;
 mod products;
 mod refusal;

@@ -110,9 +110,9 @@ pub(crate) struct Sums<'a> {
 /// Kinds of CPUs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Isa {
-    /// avx512f, avx512vl, avx2, fma.
+    /// avx512f, avx512vl, avx2, fma, f16c.
     Avx512,
-    /// avx2, fma.
+    /// avx2, fma, f16c.
     Avx2,
     /// Any.
     Portable,
@@ -125,7 +125,8 @@ impl Isa {
         #[cfg(target_arch = "x86_64")]
         {
             let avx2 = std::arch::is_x86_feature_detected!("avx2")
-                && std::arch::is_x86_feature_detected!("fma");
+                && std::arch::is_x86_feature_detected!("fma")
+                && std::arch::is_x86_feature_detected!("f16c");
             if avx2
                 && std::arch::is_x86_feature_detected!("avx512f")
                 && std::arch::is_x86_feature_detected!("avx512vl")

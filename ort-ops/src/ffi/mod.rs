@@ -3,8 +3,10 @@
 mod api;
 mod declaration;
 mod latent_attention;
+mod linear16;
 mod mxfp4_experts;
 mod run;
+mod shapes;
 mod table;
 
 use std::ffi::CStr;

@@ -12,7 +12,7 @@ use ort_sys::{
 
 use super::api::{self, Api, Status};
 use super::declaration::{Declaration, Node};
-use super::{latent_attention, mxfp4_experts, the_runtime};
+use super::{latent_attention, linear16, mxfp4_experts, the_runtime};
 
 /// An operator for one type of the numbers whose type is not fixed, on one execution provider.
 #[repr(C)]
@@ -30,13 +30,15 @@ const CPU: &CStr = c"CPUExecutionProvider";
 const CUDA: &CStr = c"CUDAExecutionProvider";
 
 /// What is registered.
-pub(super) static OPS: [Op; 6] = [
+pub(super) static OPS: [Op; 8] = [
     Op::new(latent_attention::ON_CPU, F32, CPU),
     Op::new(latent_attention::ON_CPU, F16, CPU),
     Op::new(latent_attention::ON_CPU, BF16, CPU),
     Op::new(latent_attention::ON_CUDA, F16, CUDA),
     Op::new(latent_attention::ON_CUDA, BF16, CUDA),
     Op::new(mxfp4_experts::DECLARATION, F32, CPU),
+    Op::new(linear16::DECLARATION, BF16, CPU),
+    Op::new(linear16::DECLARATION, F16, CPU),
 ];
 
 /// The CUDA kernels where "device" memory is the host's: see [`super::add_cuda_in_host_memory`].

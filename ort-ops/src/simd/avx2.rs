@@ -1,21 +1,23 @@
-//! AVX2 with FMA: eight numbers a vector, 16 registers.
+//! AVX2 with FMA and F16C: eight numbers a vector, 16 registers.
 
 use std::arch::x86_64::{
     __m256, __m256i, _CMP_LT_OQ, _MM_FROUND_NO_EXC, _MM_FROUND_TO_NEAREST_INT, _MM_HINT_T0,
     _mm_add_epi32, _mm_add_ps, _mm_add_ss, _mm_and_si128, _mm_cmpeq_epi32, _mm_cvtepu8_epi32,
-    _mm_cvtsi32_si128, _mm_cvtss_f32, _mm_movehdup_ps, _mm_movehl_ps, _mm_or_si128, _mm_prefetch,
-    _mm_set1_epi32, _mm_setzero_si128, _mm_slli_epi32, _mm256_add_epi32, _mm256_add_ps,
-    _mm256_and_ps, _mm256_andnot_ps, _mm256_castps256_ps128, _mm256_castsi128_si256,
-    _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cmpgt_epi32, _mm256_cvtps_epi32,
-    _mm256_extractf128_ps, _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256,
-    _mm256_maskload_epi32, _mm256_maskload_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_or_ps,
+    _mm_cvtsi32_si128, _mm_cvtss_f32, _mm_loadu_si128, _mm_movehdup_ps, _mm_movehl_ps,
+    _mm_or_si128, _mm_prefetch, _mm_set1_epi32, _mm_setzero_si128, _mm_slli_epi32,
+    _mm256_add_epi32, _mm256_add_ps, _mm256_and_ps, _mm256_andnot_ps, _mm256_castps256_ps128,
+    _mm256_castsi128_si256, _mm256_castsi256_ps, _mm256_cmp_ps, _mm256_cmpgt_epi32,
+    _mm256_cvtepu16_epi32, _mm256_cvtph_ps, _mm256_cvtps_epi32, _mm256_extractf128_ps,
+    _mm256_fmadd_ps, _mm256_loadu_ps, _mm256_loadu_si256, _mm256_maskload_epi32,
+    _mm256_maskload_ps, _mm256_max_ps, _mm256_mul_ps, _mm256_or_ps, _mm256_permute2f128_ps,
     _mm256_permutevar8x32_epi32, _mm256_permutevar8x32_ps, _mm256_round_ps, _mm256_set1_epi32,
     _mm256_set1_ps, _mm256_setr_epi32, _mm256_slli_epi32, _mm256_srli_epi32, _mm256_storeu_ps,
+    _mm256_unpackhi_ps, _mm256_unpacklo_ps,
 };
 
 use super::{FP4_MAGNITUDES, HALF_OF_LEAST, Simd};
 
-/// Needs avx2 and fma.
+/// Needs avx2, fma and f16c.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx2;
 
@@ -102,6 +104,33 @@ impl Simd for Avx2 {
             let four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps::<1>(x));
             let two = _mm_add_ps(four, _mm_movehl_ps(four, four));
             _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> __m256 {
+        // SAFETY: as above; eight numbers are there.
+        unsafe {
+            let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
+            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> __m256 {
+        // SAFETY: as above; eight numbers are there.
+        unsafe { _mm256_cvtph_ps(_mm_loadu_si128(from.cast())) }
+    }
+
+    #[inline(always)]
+    unsafe fn zip(a: __m256, b: __m256) -> (__m256, __m256) {
+        // SAFETY: as above.
+        unsafe {
+            let (even, odd) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            (
+                _mm256_permute2f128_ps::<0x20>(even, odd),
+                _mm256_permute2f128_ps::<0x31>(even, odd),
+            )
         }
     }
 

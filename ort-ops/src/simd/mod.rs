@@ -55,6 +55,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn times_pow2(x: Self::V, n: Self::V) -> Self::V;
     /// The sum of all lanes.
     unsafe fn sum(x: Self::V) -> f32;
+    /// `LANES` numbers of 16 bits, the upper halves of f32.
+    unsafe fn load_bf16(from: *const u16) -> Self::V;
+    /// `LANES` numbers of IEEE half precision.
+    unsafe fn load_f16(from: *const u16) -> Self::V;
+    /// The lanes of both by turns: `a0 b0 a1 b1 ..`, in two vectors.
+    unsafe fn zip(a: Self::V, b: Self::V) -> (Self::V, Self::V);
 
     /// Asks for the cache line at an address, which need not exist.
     unsafe fn prefetch(at: *const u8);

@@ -1,5 +1,7 @@
 //! Eight numbers in an array, in plain Rust: any CPU.
 
+use half::f16;
+
 use super::{FP4_MAGNITUDES, HALF_OF_LEAST, Simd};
 
 #[derive(Clone, Copy)]
@@ -91,6 +93,32 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn sum(x: Self::V) -> f32 {
         x.iter().sum()
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(from: *const u16) -> Self::V {
+        // SAFETY: the caller has LANES numbers there.
+        let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(|bits| f32::from_bits(u32::from(bits) << 16))
+    }
+
+    #[inline(always)]
+    unsafe fn load_f16(from: *const u16) -> Self::V {
+        // SAFETY: the caller has LANES numbers there.
+        let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        bits.map(|bits| f16::from_bits(bits).to_f32())
+    }
+
+    #[inline(always)]
+    unsafe fn zip(a: Self::V, b: Self::V) -> (Self::V, Self::V) {
+        let both = |i: usize| {
+            if i.is_multiple_of(2) {
+                a[i / 2]
+            } else {
+                b[i / 2]
+            }
+        };
+        (each(both), each(|i| both(LANES + i)))
     }
 
     #[inline(always)]

@@ -1,25 +1,15 @@
-//! Shapes of the outputs from those of the inputs, for the runtime when it loads a graph: what follows the operator then has
-//! known axes, by name where they vary.
+//! Shapes of the outputs from those of the inputs.
 
-use std::ffi::{CStr, CString, c_char, c_void};
+use std::ffi::c_void;
 use std::ptr;
 
-use ort_sys::{
-    ONNXTensorElementDataType as Type, OrtOpAttrType, OrtShapeInferContext,
-    OrtTensorTypeAndShapeInfo,
-};
+use ort_sys::{OrtOpAttrType, OrtShapeInferContext};
 
 use super::super::api::{Api, Result};
+use super::super::shapes::{Axis, axes, tell};
 
-/// An axis: its size, or its name where it varies.
-#[derive(Debug, Clone, PartialEq, Eq)]
-enum Axis {
-    Size(i64),
-    Name(CString),
-}
-
-/// Tells the shapes of `sums` and `cache_out`. Nothing is told of an output when an axis of it is neither known nor named: the runtime
-/// would take it for a size. `lse` is left out: the runtime does not say whether a node has it.
+/// Tells the shapes of `sums` and `cache_out`. Nothing is told of an output when an axis of it is neither known nor named.
+/// `lse` is left out: the runtime does not say whether a node has it.
 ///
 /// # Safety
 /// `context` is what the runtime gave to the inference.
@@ -45,44 +35,6 @@ pub(super) unsafe fn infer(api: Api, context: *mut OrtShapeInferContext) -> Resu
     Ok(())
 }
 
-/// Element type and axes of an input, `None` when an axis is neither known nor named.
-///
-/// # Safety
-/// As for [`infer`].
-unsafe fn axes(
-    api: Api,
-    context: *const OrtShapeInferContext,
-    input: usize,
-) -> Result<Option<(Type, Vec<Axis>)>> {
-    let mut info = ptr::null_mut();
-    let mut rank = 0;
-    let mut element = Type::ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
-    // SAFETY: the caller's promise; the context keeps the shape and its names.
-    unsafe {
-        let get = api.0.ShapeInferContext_GetInputTypeShape;
-        Api::check(get(context, input, &raw mut info))?;
-        if info.is_null() {
-            return Ok(None);
-        }
-        Api::check((api.0.GetTensorElementType)(info, &raw mut element))?;
-        Api::check((api.0.GetDimensionsCount)(info, &raw mut rank))?;
-        let mut sizes = vec![0_i64; rank];
-        Api::check((api.0.GetDimensions)(info, sizes.as_mut_ptr(), rank))?;
-        let mut names: Vec<*const c_char> = vec![ptr::null(); rank];
-        let get = api.0.GetSymbolicDimensions;
-        Api::check(get(info, names.as_mut_ptr(), rank))?;
-        let axis = |(&size, &name): (&i64, &*const c_char)| {
-            if size >= 0 {
-                return Some(Axis::Size(size));
-            }
-            let name = (!name.is_null()).then(|| CStr::from_ptr(name).to_owned())?;
-            (!name.is_empty()).then_some(Axis::Name(name))
-        };
-        let axes: Option<Vec<Axis>> = sizes.iter().zip(&names).map(axis).collect();
-        Ok(axes.map(|axes| (element, axes)))
-    }
-}
-
 /// The attribute, `None` without.
 ///
 /// # Safety
@@ -106,47 +58,4 @@ unsafe fn kv_lora_rank(api: Api, context: *const OrtShapeInferContext) -> Result
         ))?;
     }
     Ok(Some(rank))
-}
-
-/// Tells an output's element type, which the runtime takes from here too, and its shape.
-///
-/// # Safety
-/// As for [`infer`].
-unsafe fn tell(
-    api: Api,
-    context: *mut OrtShapeInferContext,
-    output: usize,
-    element: Type,
-    axes: &[Axis],
-) -> Result<()> {
-    let size = |axis: &Axis| match axis {
-        Axis::Size(size) => *size,
-        Axis::Name(_) => -1,
-    };
-    let name = |axis: &Axis| match axis {
-        Axis::Size(_) => c"".as_ptr(),
-        Axis::Name(name) => name.as_ptr(),
-    };
-    let sizes: Vec<i64> = axes.iter().map(size).collect();
-    let mut names: Vec<*const c_char> = axes.iter().map(name).collect();
-    let mut info: *mut OrtTensorTypeAndShapeInfo = ptr::null_mut();
-    // SAFETY: the caller's promise; sizes and names are copied, `info` is released on every way out.
-    unsafe {
-        Api::check((api.0.CreateTensorTypeAndShapeInfo)(&raw mut info))?;
-        let told = Api::check((api.0.SetTensorElementType)(info, element))
-            .and_then(|()| {
-                let set = api.0.SetDimensions;
-                Api::check(set(info, sizes.as_ptr(), sizes.len()))
-            })
-            .and_then(|()| {
-                let set = api.0.SetSymbolicDimensions;
-                Api::check(set(info, names.as_mut_ptr(), names.len()))
-            })
-            .and_then(|()| {
-                let set = api.0.ShapeInferContext_SetOutputTypeShape;
-                Api::check(set(context, output, info))
-            });
-        (api.0.ReleaseTensorTypeAndShapeInfo)(info);
-        told
-    }
 }
