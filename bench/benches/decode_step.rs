@@ -111,6 +111,7 @@ impl Step {
                 dtype: DType::F32,
                 product,
             },
+            None,
         )
         .expect("a graph");
         let bytes = to_bytes(&graph, &Overlay::new(&top, checkpoint)).expect("an ONNX message");

@@ -12,7 +12,7 @@ mod common;
 
 use std::collections::BTreeSet;
 
-use common::{converted, gpt_oss, llama, qwen2, qwen3};
+use common::{converted, gpt_oss, llama, qwen2, qwen3, stored};
 use mlac_graph::{
     Error,
     builders::{
@@ -297,11 +297,11 @@ fn options_that_do_not_fit_are_refused() {
     };
     let cfg = converted(llama(1), &[0]);
     assert_eq!(
-        refusal(step_graph(&cfg, 0, &step)),
+        refusal(step_graph(&cfg, 0, &step, None)),
         "attention of layer 0: expected the MLA form, the layer is converted, found gqa_operator; fix: choose a layer of that form"
     );
     assert_eq!(
-        refusal(step_graph(&cfg, 1, &step)),
+        refusal(step_graph(&cfg, 1, &step, None)),
         "layer of the graph: expected one of the model's 1, counted from 0, found 1; fix: name a layer of the model"
     );
 }
@@ -363,22 +363,10 @@ fn a_block_reads_its_layer_and_has_the_decoders_caches() {
     }
 }
 
-/// All tensors of `cfg`, stored as bf16 and MXFP4, filled with zeros.
-fn zeros(cfg: &ModelConfig) -> MemoryWeights {
-    let mut weights = MemoryWeights::new();
-    for (name, shape) in expected_tensors(cfg) {
-        let packed = name.ends_with("_blocks") || name.ends_with("_scales");
-        let dtype = if packed { Dtype::U8 } else { Dtype::BF16 };
-        let bytes = vec![0; shape.iter().product::<usize>() * dtype.size()];
-        weights.insert_stored(name, &shape, dtype, bytes).unwrap();
-    }
-    weights
-}
-
 #[test]
 fn stored_weights_keep_their_type_and_everything_else_stays() {
     for cfg in configurations() {
-        let source = zeros(&cfg);
+        let source = stored(&cfg, Dtype::BF16);
         let tensors: BTreeSet<String> = expected_tensors(&cfg).into_iter().map(|t| t.0).collect();
         for options in all_options() {
             let graph = decoder_graph_as_stored(&cfg, &options, &source).unwrap();

@@ -281,6 +281,6 @@ fn a_step_by_the_operator() {
         dtype: DType::F32,
         product: mlac_graph::builders::CacheProduct::default(),
     };
-    let graph = step_graph(&converted(llama(1), &[0]), 0, &options).unwrap();
+    let graph = step_graph(&converted(llama(1), &[0]), 0, &options, None).unwrap();
     insta::assert_snapshot!(graph.graph().to_string());
 }

@@ -36,7 +36,7 @@ fn step(cfg: &ModelConfig, form: StepForm) -> String {
         dtype: DType::F32,
         product: CacheProduct::default(),
     };
-    text(&step_graph(cfg, 0, &options).unwrap())
+    text(&step_graph(cfg, 0, &options, None).unwrap())
 }
 
 #[test]

@@ -8,6 +8,7 @@ pub mod experts;
 pub mod export;
 pub mod fixtures;
 pub mod latent;
+pub mod linear;
 pub mod python;
 pub mod runtime;
 pub mod smollm2;

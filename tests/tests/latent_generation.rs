@@ -8,7 +8,8 @@ use clap::Parser;
 use mlac::cli::{args::Cli, commands};
 use mlac_engines::Decode;
 use mlac_engines::ort::{Decoder, SessionOptions};
-use mlac_model::{Checkpoint, ExpertFormat};
+use mlac_model::tensor::bytes_from_f32;
+use mlac_model::{Checkpoint, CheckpointWriter, Dtype, ExpertFormat, TensorInfo};
 use mlac_tests::cases::Cases;
 use mlac_tests::fixtures::{self, PREFILL};
 use mlac_tests::latent::python::library;
@@ -62,12 +63,23 @@ fn same_tokens(checkpoint: &Path, ids: &[i64], layers: usize) -> Outcome {
     let mxfp4 = source.config().moe;
     let mxfp4 = mxfp4.is_some_and(|moe| moe.format == ExpertFormat::Mxfp4);
     let graph = std::fs::read(folder("ort").join("decoder.onnx")).map_err(text)?;
-    let operator = b"Mxfp4Experts";
-    if graph.windows(operator.len()).any(|at| at == operator) != mxfp4 {
-        return Err(format!(
-            "experts in MXFP4: {mxfp4}, Mxfp4Experts in the form ort: {}",
-            !mxfp4
-        ));
+    let has = |operator: &str| {
+        let mut places = graph.windows(operator.len());
+        places.any(|at| at == operator.as_bytes())
+    };
+    // The output projection is the source's, in the source's type.
+    let o_proj = source.info("model.layers.0.self_attn.o_proj.weight");
+    let stored = o_proj.map_err(text)?.dtype.size() == 2;
+    for (what, operator, expected) in [
+        ("experts in MXFP4", "Mxfp4Experts", mxfp4),
+        ("weights of 16 bits", "Linear16", stored),
+    ] {
+        if has(operator) != expected {
+            let found = !expected;
+            return Err(format!(
+                "{what}: {expected}, {operator} in the form ort: {found}"
+            ));
+        }
     }
     let jobs = ["standard", "ort"].map(|form| Generation {
         folder: folder(form),
@@ -115,6 +127,50 @@ fn fixtures_speak_the_same_in_both_forms() {
             let converted = |layer: &usize| config.mla_layer(*layer).is_some();
             let layers = (0..config.num_hidden_layers).filter(converted).count();
             same_tokens(&place, &model.io.input_ids[..PREFILL], layers)
+        });
+    }
+    cases.finish(names.len());
+}
+
+/// `source` with all numbers in bf16.
+fn narrowed(source: &Checkpoint, folder: &Path) -> Outcome {
+    let as_bf16 = |info: &TensorInfo| match info.dtype {
+        Dtype::U8 => info.clone(),
+        _ => TensorInfo::new(info.name.clone(), Dtype::BF16, info.shape.clone()),
+    };
+    let infos = source.tensors().iter().map(as_bf16).collect();
+    let writer = CheckpointWriter::create(folder, infos, 1 << 30).map_err(text)?;
+    for info in source.tensors() {
+        let bytes = if info.dtype == Dtype::U8 {
+            source.bytes(&info.name).map_err(text)?.to_vec()
+        } else {
+            let numbers = source.f32(&info.name, &info.shape).map_err(text)?;
+            bytes_from_f32(Dtype::BF16, &numbers).ok_or("a float type")?
+        };
+        writer.write(&info.name, &bytes).map_err(text)?;
+    }
+    let config = serde_json::to_vec(source.raw_config()).map_err(text)?;
+    writer.write_file("config.json", &config).map_err(text)?;
+    writer.finish().map_err(text)
+}
+
+/// Weights of 16 bits, those of converted layers and of a tied head too.
+#[test]
+fn fixtures_in_bf16_speak_the_same_in_both_forms() {
+    let scratch = tempfile::tempdir().unwrap();
+    let mut cases = Cases::new();
+    let names = ["gpt_oss_mxfp4", "llama_tied_bias", "mistral_bf16"];
+    for name in names {
+        cases.run(name, || {
+            let model = fixtures::model(name)?;
+            let place = |what: &str| scratch.path().join(format!("{name}.{what}"));
+            let source = Checkpoint::open(&model.folder).map_err(text)?;
+            narrowed(&source, &place("bf16"))?;
+            let options = "convert --calib none --kv-lora-rank max --layers all --dtype bf16";
+            let options: Vec<&str> = options.split(' ').collect();
+            mlac(&options, [&place("bf16"), &place("mla")])?;
+            let ids = &model.io.input_ids[..PREFILL];
+            same_tokens(&place("mla"), ids, source.config().num_hidden_layers)
         });
     }
     cases.finish(names.len());

@@ -44,7 +44,7 @@ pub enum Runtime {
     /// of a multiple of 8 and at most 256 numbers), rotation in primitives, no operator outside ONNX's own domain.
     TensorRt,
     /// ONNX Runtime with mlac's library of operators: MLA layers are `mlac::LatentAttention` over a cache of fixed capacity
-    /// that is kept in place, for prompts and steps alike.
+    /// that is kept in place, for prompts and steps alike, and linear layers with weights of 16 bits are `mlac::Linear16`.
     OnnxRuntime,
     /// Enterprise `TensorRT` with mlac's plugin: as [`Runtime::TensorRt`], but MLA layers are the plugin `LatentAttention`.
     /// `TensorRT` for RTX has no plugins and must not be given such a graph.
@@ -55,6 +55,11 @@ impl Runtime {
     /// Whether MLA layers are `mlac::LatentAttention`.
     pub fn has_latent_attention(self) -> bool {
         matches!(self, Self::OnnxRuntime | Self::TensorRtPlugin)
+    }
+
+    /// Whether linear layers in f32 multiply by 16-bit tensors as they are, with `mlac::Linear16`.
+    pub fn has_linear16(self) -> bool {
+        self == Self::OnnxRuntime
     }
 
     /// Whether a `TensorRT` runs the graph.

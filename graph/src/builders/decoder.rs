@@ -71,7 +71,8 @@ pub fn decoder_graph(cfg: &ModelConfig, options: &DecoderOptions) -> Result<Vali
 }
 
 /// [`decoder_graph`] whose large weights keep the 16 bits in which `source` has them, so that the data file
-/// is no larger than the checkpoint. They are cast where they are read, which is exact. Only for f32: in a
+/// is no larger than the checkpoint. They are cast where they are read, which is exact, or multiplied by as
+/// they are ([`Runtime::has_linear16`]). Only for f32: in a
 /// f16 graph weights have 16 bits anyway.
 pub fn decoder_graph_as_stored(
     cfg: &ModelConfig,
@@ -187,7 +188,11 @@ pub fn block_graph(
     check::layer(cfg, layer)?;
     let mut b = GraphBuilder::new(&format!("block.{layer}"));
     if let Some(source) = source {
-        b.keep_stored(stored_types(cfg, options.dtype, source));
+        keep(
+            &mut b,
+            stored_types(cfg, options.dtype, source),
+            options.runtime,
+        );
     }
     let axes = cached_axes();
     let stream = vec![axes.batch, axes.seq, cfg.hidden_size.into()];
@@ -245,6 +250,14 @@ pub fn latent_attention_graph(
     b.finish()
 }
 
+/// Tensors that keep their types, and linear layers that multiply by them where the runtime can.
+pub(super) fn keep(b: &mut GraphBuilder, stored: BTreeMap<String, DType>, runtime: Runtime) {
+    b.keep_stored(stored);
+    if runtime.has_linear16() {
+        b.multiply_stored();
+    }
+}
+
 fn build_decoder(
     cfg: &ModelConfig,
     options: DecoderOptions,
@@ -252,7 +265,7 @@ fn build_decoder(
 ) -> Result<ValidGraph, Error> {
     check_options(cfg, options)?;
     let mut b = GraphBuilder::new("decoder");
-    b.keep_stored(stored);
+    keep(&mut b, stored, options.runtime);
     let axes = cached_axes();
     let ids = b.input("input_ids", DType::I64, vec![axes.batch, axes.seq]);
     let mut cx = cached_inputs(&mut b, cfg, options);

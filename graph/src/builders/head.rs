@@ -47,6 +47,11 @@ pub(super) fn head(
     } else {
         "lm_head.weight"
     };
+    if b.multiplies_stored(tensor, dtype) {
+        let (vocab, hidden) = (cfg.vocab_size, cfg.hidden_size);
+        let layer = tensor.trim_end_matches(".weight");
+        return b.linear("lm_head", x, layer, vocab, hidden, false);
+    }
     let table = b.cast_weight(embedding(cfg, tensor, dtype))?;
     let mut shape = b.shape(x).to_vec();
     let rows = Dim::product(&shape[..2]);

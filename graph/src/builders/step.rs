@@ -11,6 +11,7 @@ use super::{
 use crate::{
     error::Error,
     ir::{DType, Dim, GraphBuilder},
+    onnx::WeightSource,
     validate::ValidGraph,
 };
 
@@ -21,9 +22,12 @@ pub enum StepForm {
     GqaPrimitives,
     /// GQA as `com.microsoft::GroupQueryAttention`.
     GqaOperator,
+    /// The same with linear layers that multiply by 16-bit weights as they are, as [`Runtime::OnnxRuntime`] has them.
+    GqaOperatorStored,
     /// MLA in absorbed form.
     MlaAbsorbed,
-    /// MLA as `mlac::LatentAttention` over a cache `[batch, capacity, r+d_r]` that is kept in place.
+    /// MLA as [`Runtime::OnnxRuntime`] has it: `mlac::LatentAttention` over a cache `[batch, capacity, r+d_r]` that is kept in place,
+    /// and linear layers that multiply by 16-bit weights as they are.
     MlaOperator,
 }
 
@@ -33,6 +37,7 @@ impl StepForm {
         match self {
             Self::GqaPrimitives => "gqa_primitives",
             Self::GqaOperator => "gqa_operator",
+            Self::GqaOperatorStored => "gqa_operator_stored",
             Self::MlaAbsorbed => "mla_absorbed",
             Self::MlaOperator => "mla_operator",
         }
@@ -55,11 +60,13 @@ pub struct StepOptions {
 ///
 /// Inputs: `hidden` `[batch, 1, D]`, `position_ids` i64 `[batch, 1]` and the caches of the layer under
 /// their names in the decoder, with `past`, `past_w{W}` or `capacity` dynamic. Outputs: `attn_out` `[batch, 1, D]` and the present
-/// caches. No padding; the layer's window applies.
+/// caches. No padding; the layer's window applies. With a `source`, weights are kept as in
+/// [`decoder_graph_as_stored`](super::decoder_graph_as_stored).
 pub fn step_graph(
     cfg: &ModelConfig,
     layer: usize,
     options: &StepOptions,
+    source: Option<&dyn WeightSource>,
 ) -> Result<ValidGraph, Error> {
     check::config(cfg)?;
     check::layer(cfg, layer)?;
@@ -79,6 +86,19 @@ pub fn step_graph(
         )));
     }
     let mut b = GraphBuilder::new(&format!("step.{layer}"));
+    let by_operators = matches!(
+        options.form,
+        StepForm::GqaOperatorStored | StepForm::MlaOperator
+    );
+    let runtime = if by_operators {
+        Runtime::OnnxRuntime
+    } else {
+        Runtime::Standard
+    };
+    if let Some(source) = source {
+        let stored = decoder::stored_types(cfg, options.dtype, source);
+        decoder::keep(&mut b, stored, runtime);
+    }
     let axes = Axes {
         batch: "batch".into(),
         seq: Dim::known(1),
@@ -92,12 +112,15 @@ pub fn step_graph(
     let mut cx = Context::new(cfg, options.dtype, axes, positions);
     cx.mla_form = MlaForm::Absorbed;
     cx.product = options.product;
-    if options.form == StepForm::GqaOperator {
+    cx.runtime = runtime;
+    if matches!(
+        options.form,
+        StepForm::GqaOperator | StepForm::GqaOperatorStored
+    ) {
         check::operator_heads(cfg)?;
         cx.gqa_form = GqaForm::GroupQueryAttention;
     }
     if options.form == StepForm::MlaOperator {
-        cx.runtime = Runtime::OnnxRuntime;
         // Without padding a new token's position is the number of tokens before it.
         let past = b.reshape("past", positions, &[cx.axes.batch.clone()])?;
         cx.past_lengths = Some(b.cast("past_lengths", past, DType::I32)?);

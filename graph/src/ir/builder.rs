@@ -30,6 +30,8 @@ pub struct GraphBuilder {
     cast_weights: BTreeMap<(ValueId, DType), ValueId>,
     /// Types of tensors that keep the one they are stored in, by name.
     stored: BTreeMap<String, DType>,
+    /// Whether linear layers multiply by tensors of 16 bits as they are.
+    linear16: bool,
     /// Values that hold one dimension each, i64 `[1]`.
     pub(super) dims: BTreeMap<Dim, ValueId>,
     /// Values that hold one dimension each, i64 scalar.
@@ -65,6 +67,7 @@ impl GraphBuilder {
             constants: BTreeMap::new(),
             weights: BTreeMap::new(),
             stored: BTreeMap::new(),
+            linear16: false,
             cast_weights: BTreeMap::new(),
             dims: BTreeMap::new(),
             scalars: BTreeMap::new(),
@@ -187,6 +190,17 @@ impl GraphBuilder {
     /// From now on [`GraphBuilder::stored_weight`] gives these tensors in these types.
     pub fn keep_stored(&mut self, types: BTreeMap<String, DType>) {
         self.stored = types;
+    }
+
+    /// From now on linear layers in f32 multiply by tensors that keep 16 bits as they are, with [`Op::Linear16`].
+    pub fn multiply_stored(&mut self) {
+        self.linear16 = true;
+    }
+
+    /// Whether a linear layer on numbers of `dtype` is [`Op::Linear16`] for this tensor.
+    pub(crate) fn multiplies_stored(&self, tensor: &str, dtype: DType) -> bool {
+        let stored = self.stored.get(tensor);
+        self.linear16 && dtype == DType::F32 && matches!(stored, Some(DType::BF16 | DType::F16))
     }
 
     /// A tensor of the checkpoint in the type that it keeps, the one of `weight` when it keeps none; the

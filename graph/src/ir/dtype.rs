@@ -15,7 +15,7 @@ pub enum DType {
     I32,
     /// One byte, 0 or 1.
     Bool,
-    /// The upper half of IEEE single precision; stored and cast, never computed with.
+    /// The upper half of IEEE single precision; stored and cast; only `mlac::Linear16` computes with it.
     BF16,
     /// One byte without a sign.
     U8,

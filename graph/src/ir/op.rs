@@ -165,6 +165,9 @@ pub enum Op {
         /// Steepness of the gate's sigmoid.
         swiglu_alpha: f32,
     },
+    /// `mlac::Linear16`, as `docs/linear16.md` specifies it: `x [tokens.., in] f32, weight [out, in]` (bf16 or f16), `bias [out]
+    /// f32` (optional) gives `[tokens.., out] f32`.
+    Linear16,
 }
 
 /// Arithmetic of two tensors.
@@ -213,7 +216,7 @@ pub enum Unary {
 /// Microsoft's operator domain, known to ONNX Runtime only.
 pub const MICROSOFT_DOMAIN: &str = "com.microsoft";
 
-/// mlac's own operator domain, `docs/latent-attention.md` and `docs/mxfp4-experts.md`.
+/// mlac's own operator domain, `docs/latent-attention.md`, `docs/mxfp4-experts.md` and `docs/linear16.md`.
 pub const MLAC_DOMAIN: &str = "mlac";
 
 impl Op {
@@ -265,6 +268,7 @@ impl Op {
             Self::GroupQueryAttention { .. } => "GroupQueryAttention",
             Self::LatentAttention { .. } => "LatentAttention",
             Self::Mxfp4Experts { .. } => "Mxfp4Experts",
+            Self::Linear16 => "Linear16",
         }
     }
 
@@ -272,7 +276,9 @@ impl Op {
     pub fn domain(&self) -> &'static str {
         match self {
             Self::GroupQueryAttention { .. } => MICROSOFT_DOMAIN,
-            Self::LatentAttention { .. } | Self::Mxfp4Experts { .. } => MLAC_DOMAIN,
+            Self::LatentAttention { .. } | Self::Mxfp4Experts { .. } | Self::Linear16 => {
+                MLAC_DOMAIN
+            }
             _ => "",
         }
     }

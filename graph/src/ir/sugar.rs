@@ -76,19 +76,40 @@ impl GraphBuilder {
         bias: bool,
     ) -> Result<ValueId> {
         let dtype = self.ty(x).dtype;
-        let weight = self.cast_weight(WeightRef {
+        let weight = WeightRef {
             name: format!("{tensor}.weight"),
             source_shape: vec![out, input],
-            transform: Transform::Transpose2D,
+            transform: Transform::AsIs,
             dtype,
-            shape: vec![input, out],
-        })?;
-        let product = self.matmul(name, x, weight)?;
+            shape: vec![out, input],
+        };
+        let stored = self.multiplies_stored(&weight.name, dtype);
+        let bias_of = |b: &mut Self| b.vector(&format!("{tensor}.bias"), out, dtype);
+        if stored {
+            let weight = self.stored_weight(weight);
+            let mut inputs = vec![x, weight];
+            if bias {
+                inputs.push(bias_of(self));
+            }
+            return self.node(name, Op::Linear16, &inputs);
+        }
+        let product = self.product(name, x, weight)?;
         if !bias {
             return Ok(product);
         }
-        let bias = self.vector(&format!("{tensor}.bias"), out, dtype);
+        let bias = bias_of(self);
         self.add(&format!("{name}.bias"), product, bias)
+    }
+
+    /// The product with a tensor `[out, in]` in standard operators: stored `[in, out]`, cast where it is read.
+    pub(crate) fn product(&mut self, name: &str, x: ValueId, weight: WeightRef) -> Result<ValueId> {
+        let shape = weight.source_shape.iter().rev().copied().collect();
+        let weight = self.cast_weight(WeightRef {
+            transform: Transform::Transpose2D,
+            shape,
+            ..weight
+        })?;
+        self.matmul(name, x, weight)
     }
 
     /// A tensor of the checkpoint with one axis, as it is.

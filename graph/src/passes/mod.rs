@@ -2,6 +2,8 @@
 
 pub(crate) mod dead;
 mod experts;
+mod linear;
 mod rewrite;
 
 pub use experts::lower_mxfp4_experts;
+pub use linear::lower_linear16;

@@ -1,8 +1,9 @@
-//! Tiny configurations.
+//! Tiny configurations, and checkpoints of zeros.
 
+use mlac_graph::onnx::MemoryWeights;
 use mlac_model::{
-    Architecture, ExpertFormat, MlaConfig, MlaEncoder, MlaLayer, ModelConfig, MoeConfig,
-    RopeScaling, RopeSpec,
+    Architecture, Dtype, ExpertFormat, MlaConfig, MlaEncoder, MlaLayer, ModelConfig, MoeConfig,
+    RopeScaling, RopeSpec, checkpoint::expected_tensors,
 };
 
 /// Llama: H = 6, G = 2, d = 8, tied embedding, no biases.
@@ -98,4 +99,16 @@ pub fn converted(cfg: ModelConfig, layers: &[usize]) -> ModelConfig {
         mla: Some(mla),
         ..cfg
     }
+}
+
+/// All tensors of `cfg`, stored in a type and MXFP4, filled with zeros.
+pub fn stored(cfg: &ModelConfig, dtype: Dtype) -> MemoryWeights {
+    let mut weights = MemoryWeights::new();
+    for (name, shape) in expected_tensors(cfg) {
+        let packed = name.ends_with("_blocks") || name.ends_with("_scales");
+        let dtype = if packed { Dtype::U8 } else { dtype };
+        let bytes = vec![0; shape.iter().product::<usize>() * dtype.size()];
+        weights.insert_stored(name, &shape, dtype, bytes).unwrap();
+    }
+    weights
 }

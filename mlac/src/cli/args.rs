@@ -200,8 +200,8 @@ pub enum GqaFormArg {
 pub enum FormArg {
     /// Standard operators: any runtime.
     Standard,
-    /// `mlac::LatentAttention` over a cache in place, `mlac::Mxfp4Experts`: ONNX Runtime with `libmlac_ort.so`; mlac's own commands have
-    /// them in themselves.
+    /// `mlac::LatentAttention` over a cache in place, `mlac::Mxfp4Experts`, `mlac::Linear16` for weights of 16 bits: ONNX Runtime with
+    /// `libmlac_ort.so`; mlac's own commands have them in themselves.
     Ort,
     /// The plugin `LatentAttention`: enterprise TensorRT, f16.
     Tensorrt,

@@ -49,6 +49,32 @@ pub(super) fn gemm(trans_b: bool, args: Args<'_>) -> Result<Inferred> {
     Ok(Inferred::new(dtype, shape))
 }
 
+/// `mlac::Linear16`.
+pub(super) fn linear16(args: Args<'_>) -> Result<Inferred> {
+    args.count(2..=3)?;
+    let (x, weight) = (args.ty(0)?, args.ty(1)?);
+    let ([lead @ .., columns], DType::F32) = (x.shape.as_slice(), x.dtype) else {
+        return Err(Mismatch::new("x f32[tokens.., in]", x));
+    };
+    if lead.is_empty() {
+        return Err(Mismatch::new("x f32[tokens.., in]", x));
+    }
+    let ([rows, found], DType::BF16 | DType::F16) = (weight.shape.as_slice(), weight.dtype) else {
+        return Err(Mismatch::new("weight [out, in], bf16 or f16", weight));
+    };
+    if found != columns {
+        let expected = format!("weight [out, {columns}], as x is {x}");
+        return Err(Mismatch::new(expected, weight));
+    }
+    if let Some(bias) = args.optional(2)
+        && (bias.dtype != DType::F32 || bias.shape != [rows.clone()])
+    {
+        return Err(Mismatch::new(format!("bias f32[{rows}]"), bias));
+    }
+    let shape = lead.iter().chain([rows]).cloned().collect();
+    Ok(Inferred::new(DType::F32, shape))
+}
+
 pub(super) fn softmax(axis: usize, args: Args<'_>) -> Result<Inferred> {
     args.count(1..=1)?;
     let x = args.float(0)?;

@@ -101,6 +101,7 @@ pub(crate) fn infer(op: &Op, inputs: &[Option<Given<'_>>]) -> Result<Vec<Inferre
             swiglu_limit,
             swiglu_alpha,
         } => one(experts::mxfp4(*swiglu_limit, *swiglu_alpha, args)),
+        Op::Linear16 => one(contraction::linear16(args)),
     }
 }
 
