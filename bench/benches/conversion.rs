@@ -9,13 +9,17 @@ use mlac_converter::{
     LayerStatistics, RankChoice, Recipe, StatisticsOptions, WindowActivations, compose,
     convert_layer,
 };
+use mlac_model::Dtype;
 
 const TOKENS: usize = 2048;
 const WINDOWS: usize = 16;
 
 fn conversion(c: &mut Criterion) {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let shape = RandomLlama::SMOLLM2;
+    let shape = RandomLlama {
+        dtype: Dtype::F32,
+        ..RandomLlama::SMOLLM2
+    };
     let checkpoint = shape
         .write(&folder.path().join("model"), 1)
         .expect("a random checkpoint");

@@ -2,13 +2,11 @@
 //! several, and how fast two threads read memory in the same run.
 
 use std::fmt::Write as _;
-use std::hint::black_box;
-use std::thread;
 use std::time::Duration;
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group};
 use mlac_bench::random_model::Random;
-use mlac_bench::{estimates, results};
+use mlac_bench::{estimates, memory, results};
 use mlac_engines::ort::{HostTensor, OrtSession, SessionOptions, Value};
 use mlac_graph::builders::{Runtime, experts_graph};
 use mlac_graph::onnx::{MemoryWeights, to_bytes};
@@ -52,9 +50,6 @@ const FORMS: [(&str, Runtime); 2] = [
 
 /// Different hidden states in turn, so that a step does not find the experts of the one before in a cache.
 const VARIANTS: usize = 16;
-
-/// Bytes that the measurement of memory reads, far beyond any cache.
-const READ: usize = 512 << 20;
 
 impl Case {
     fn config(&self) -> ModelConfig {
@@ -155,25 +150,17 @@ fn experts(c: &mut Criterion) {
     }
 }
 
-/// What memory gives: every number of a large buffer is read once, by two threads.
-fn memory(c: &mut Criterion) {
-    let numbers = vec![1_u64; READ / 8];
+/// What memory gives.
+fn reading(c: &mut Criterion) {
+    let numbers = memory::buffer();
     let mut group = c.benchmark_group("memory");
     group.sample_size(10);
-    group.throughput(Throughput::Bytes(READ as u64));
-    group.bench_function("read", |b| {
-        b.iter(|| {
-            thread::scope(|scope| {
-                for half in numbers.chunks(numbers.len() / 2) {
-                    scope.spawn(move || black_box(half.iter().fold(0_u64, |sum, x| sum ^ x)));
-                }
-            });
-        });
-    });
+    group.throughput(Throughput::Bytes(memory::BYTES as u64));
+    group.bench_function("read", |b| b.iter(|| memory::read(&numbers)));
     group.finish();
 }
 
-criterion_group!(benches, experts, memory);
+criterion_group!(benches, experts, reading);
 
 fn main() {
     benches();
@@ -183,12 +170,12 @@ fn main() {
     }
     let median =
         |group: &str, id: &str| estimates::median_seconds(group, id).expect("criterion's figures");
-    let read = READ as f64 / median("memory", "read") / 1e9;
+    let read = memory::BYTES as f64 / median("memory", "read") / 1e9;
     let mut body = format!(
         "The experts of one layer with their router, f32 activations, weights MXFP4 as in the checkpoint, other hidden states in \
          every step; median of criterion's samples in milliseconds. `weights` is the bytes of a token's chosen experts by the time of \
          a step with one token; two threads read a buffer of {} MiB at {read:.1} GB/s in the same run.\n",
-        READ >> 20
+        memory::BYTES >> 20
     );
     for case in &CASES {
         let rows: Vec<Vec<String>> = case

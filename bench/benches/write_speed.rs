@@ -24,6 +24,7 @@ const MODEL: RandomLlama = RandomLlama {
     intermediate: 4096,
     vocab: 32000,
     gpt_oss: false,
+    dtype: Dtype::F32,
 };
 
 fn convert_to(checkpoint: &Checkpoint, output: &Path) {

@@ -26,10 +26,12 @@ pub struct RandomLlama {
     pub vocab: usize,
     /// Whether it is a GPT-OSS: biases, sinks, queries that a conversion keeps, and one expert in place of the MLP.
     pub gpt_oss: bool,
+    /// Type of the tensors.
+    pub dtype: Dtype,
 }
 
 impl RandomLlama {
-    /// The attention of SmolLM2-135M.
+    /// The attention of SmolLM2-135M, in bf16 as it is published.
     pub const SMOLLM2: Self = Self {
         layers: 1,
         hidden: 576,
@@ -39,8 +41,9 @@ impl RandomLlama {
         intermediate: 1536,
         vocab: 512,
         gpt_oss: false,
+        dtype: Dtype::BF16,
     };
-    /// A layer with full attention of GPT-OSS-20B (64 query heads, 8 KV heads of 64).
+    /// A layer with full attention of GPT-OSS-20B (64 query heads, 8 KV heads of 64), in bf16 as it is published.
     pub const GPT_OSS: Self = Self {
         layers: 1,
         hidden: 2880,
@@ -50,6 +53,7 @@ impl RandomLlama {
         intermediate: 64,
         vocab: 512,
         gpt_oss: true,
+        dtype: Dtype::BF16,
     };
 
     fn config_json(&self) -> serde_json::Value {
@@ -90,7 +94,7 @@ impl RandomLlama {
         let tensors = expected_tensors(&config);
         let infos = tensors
             .iter()
-            .map(|(n, s)| TensorInfo::new(n.as_str(), Dtype::F32, s.clone()))
+            .map(|(n, s)| TensorInfo::new(n.as_str(), self.dtype, s.clone()))
             .collect();
         let writer = CheckpointWriter::create(folder, infos, 5 << 30)?;
         let mut random = Random(seed | 1);
@@ -106,7 +110,7 @@ impl RandomLlama {
             let numbers: Vec<f32> = (0..count)
                 .map(|_| offset + scale * random.number())
                 .collect();
-            let bytes = bytes_from_f32(Dtype::F32, &numbers).ok_or("f32 is a float type")?;
+            let bytes = bytes_from_f32(self.dtype, &numbers).ok_or("expected a float type")?;
             writer.write(name, &bytes)?;
         }
         writer.write_file(
