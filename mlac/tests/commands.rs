@@ -275,9 +275,45 @@ fn what_is_not_converted_is_copied_byte_for_byte_and_runs_repeat() {
 
 #[test]
 fn compile_leaves_a_report_that_agrees_with_the_plan() {
-    let bench = Bench::with("llama_gqa");
+    let (bench, report) = compiled("llama_gqa", &["--form", "standard"]);
+    assert_eq!(report["form"], "standard");
+    assert!(bench.path("out/onnx/prefill.onnx").is_file());
+}
+
+#[test]
+fn compile_for_onnx_runtime_does_all_of_it_on_the_graph_with_the_operator() {
+    // With a window of 5: its caches are rings.
+    let (bench, report) = compiled("mistral_window", &["--form", "ort", "--layers", "all"]);
+    assert_eq!(report["form"], "ort");
+    assert!(!bench.path("out/onnx/prefill.onnx").exists());
+    let graph = fs::read(bench.path("out/onnx/decoder.onnx")).unwrap();
+    let operator = b"LatentAttention";
+    assert!(graph.windows(operator.len()).any(|at| at == operator));
+    let page = fs::read_to_string(bench.path("out/report.html")).unwrap();
+    assert!(page.contains("ort: mlac::LatentAttention"));
+    // The printed commands give the figures again.
+    let parity = report["parity"].as_array().unwrap();
+    let ort = parity.iter().find(|row| {
+        let what = row["what"].as_str().unwrap();
+        what.starts_with("converted:") && what.contains("mlac's operators")
+    });
+    let command = ort.unwrap()["command"].as_str().unwrap();
+    let words: Vec<&str> = command.split(' ').skip(1).collect();
+    bench.run(&words).succeeds();
+    let command = report["decode_command"].as_str().unwrap();
+    let words: Vec<&str> = command.split(' ').skip(1).collect();
+    let table = bench.run(&words).succeeds();
+    assert_eq!(
+        table.contains("B / C"),
+        report["operator_left_out"].is_null()
+    );
+}
+
+/// Compiles a fixture, and checks what every report must say.
+fn compiled(model: &str, more: &[&str]) -> (Bench, serde_json::Value) {
+    let bench = Bench::with(model);
     let text = bench.text("text.txt", 4000);
-    let text = text.to_str().unwrap();
+    let text = text.to_str().expect("a path of the test");
     let args = [
         "compile",
         "model",
@@ -302,6 +338,7 @@ fn compile_leaves_a_report_that_agrees_with_the_plan() {
         "--prompt",
         "a jar",
     ];
+    let args: Vec<&str> = args.iter().chain(more).copied().collect();
     // The fixture promises 128 positions, the report's parity text has 256 tokens: still defined for RoPE.
     let out = bench.run(&args).succeeds();
     assert!(
@@ -309,11 +346,12 @@ fn compile_leaves_a_report_that_agrees_with_the_plan() {
         "{out}"
     );
     let report: serde_json::Value =
-        serde_json::from_slice(&fs::read(bench.path("out/report.json")).unwrap()).unwrap();
+        serde_json::from_slice(&fs::read(bench.path("out/report.json")).expect("the report"))
+            .expect("JSON");
     assert!(
         report["mla_cache_numbers"].as_u64() <= report["gqa_cache_numbers"].as_u64().map(|n| n / 2)
     );
-    let page = fs::read_to_string(bench.path("out/report.html")).unwrap();
+    let page = fs::read_to_string(bench.path("out/report.html")).expect("the page");
     assert!(page.matches("<svg").count() >= 5, "five charts");
     assert_eq!(
         page.matches("http").count(),
@@ -321,6 +359,13 @@ fn compile_leaves_a_report_that_agrees_with_the_plan() {
         "the page loads nothing from elsewhere"
     );
     assert!(bench.path("out/checkpoint/model.safetensors").is_file());
+    // Both baselines, or why one is not there.
+    for point in report["decode"].as_array().expect("decode times") {
+        let operator = &point["gqa_operator_ms"];
+        assert!(operator.is_number() == report["operator_left_out"].is_null());
+        assert!(point["gqa_ms"].is_number() && point["mla_ms"].is_number());
+    }
+    (bench, report)
 }
 
 #[test]

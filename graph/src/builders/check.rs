@@ -2,6 +2,7 @@
 
 use mlac_model::{ExpertFormat, MlaEncoder, ModelConfig, Refusal, mxfp4::BLOCK};
 
+use super::context::GqaForm;
 use crate::ir::DType;
 
 /// Larger sizes than this are taken for damage; products of three stay far from overflow.
@@ -164,7 +165,7 @@ pub(super) fn layer(cfg: &ModelConfig, layer: usize) -> Result<(), Refusal> {
 
 /// Refuses heads that `com.microsoft::GroupQueryAttention` does not take.
 pub(super) fn operator_heads(cfg: &ModelConfig) -> Result<(), Refusal> {
-    if cfg.head_dim.is_multiple_of(8) {
+    if GqaForm::GroupQueryAttention.takes(cfg) {
         return Ok(());
     }
     Err(Refusal::new(

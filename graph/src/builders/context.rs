@@ -34,6 +34,13 @@ pub enum GqaForm {
     GroupQueryAttention,
 }
 
+impl GqaForm {
+    /// Whether layers of a model can be written so: the operator takes heads of a multiple of 8 numbers.
+    pub fn takes(self, cfg: &ModelConfig) -> bool {
+        self == Self::Primitives || cfg.head_dim.is_multiple_of(8)
+    }
+}
+
 /// What will run the graph.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Runtime {

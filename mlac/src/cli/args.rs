@@ -50,7 +50,7 @@ pub enum Command {
     /// Continue a prompt, so that a person can look.
     #[command(after_help = "Example:\n  mlac generate onnx/ --prompt \"The capital of France is\"")]
     Generate(GenerateArgs),
-    /// Time decode steps of one or two ONNX folders or engines by context.
+    /// Time decode steps of ONNX folders or engines by context, in turns.
     #[command(after_help = "Example:\n  mlac bench onnx-gqa/ onnx-mla/ --contexts 1K,4K")]
     Bench(BenchArgs),
     /// CUDA kernels: compile them, list and check what is compiled. None of it needs a GPU.
@@ -330,16 +330,24 @@ pub struct GenerateArgs {
 /// `mlac bench`.
 #[derive(Debug, Args)]
 pub struct BenchArgs {
-    /// ONNX folder, or engines of enterprise TensorRT.
-    pub a: PathBuf,
-    /// ONNX folder or engines to compare with.
-    pub b: Option<PathBuf>,
+    /// ONNX folders, or engines of enterprise TensorRT; the last one is compared with each before it.
+    #[arg(required = true)]
+    pub models: Vec<PathBuf>,
     /// Cached tokens before the timed step.
     #[arg(long, value_delimiter = ',', value_parser = units::tokens, default_value = "1K,4K")]
     pub contexts: Vec<usize>,
     /// Timed steps at each context.
     #[arg(long, default_value_t = 8)]
     pub repeats: usize,
+}
+
+/// How `mlac compile` writes converted layers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum CompileFormArg {
+    /// Standard operators: any runtime.
+    Standard,
+    /// mlac's operators for ONNX Runtime, over a cache in place.
+    Ort,
 }
 
 /// `mlac compile`.
@@ -356,6 +364,9 @@ pub struct CompileArgs {
     /// Statistics.
     #[command(flatten)]
     pub calib: CalibArgs,
+    /// Form of the converted layers in `onnx/`.
+    #[arg(long, value_enum, default_value_t = CompileFormArg::Standard)]
+    pub form: CompileFormArg,
     /// Evaluation text; without it the report says that quality was not measured.
     #[arg(long, value_name = "FILE")]
     pub eval: Option<PathBuf>,

@@ -10,6 +10,7 @@ use crate::report::data::{HEADLINE_CONTEXT, Report};
 pub fn text(report: &Report, output: &Path) -> String {
     let mut out = String::new();
     let _ = writeln!(out, "{}", report.shape);
+    let _ = writeln!(out, "form        {}", report.form.words());
     let _ = writeln!(
         out,
         "cache       {:.1} % at {} tokens",
@@ -54,13 +55,19 @@ pub fn text(report: &Report, output: &Path) -> String {
         );
     }
     for d in &report.decode {
+        let operator = d.gqa_operator_ms.map_or_else(String::new, |ms| {
+            format!(" and {ms:.2} ms with GroupQueryAttention")
+        });
         let _ = writeln!(
             out,
-            "decode      {:.2} ms at {} instead of {:.2} ms (ONNX Runtime, CPU)",
+            "decode      {:.2} ms at {} instead of {:.2} ms in standard operators{operator} (ONNX Runtime, CPU)",
             d.mla_ms,
             show_tokens(d.context),
             d.gqa_ms
         );
+    }
+    if let Some(why) = &report.operator_left_out {
+        let _ = writeln!(out, "            {why}");
     }
     for e in &report.engines {
         let _ = writeln!(

@@ -3,7 +3,6 @@
 use std::path::Path;
 use std::time::Instant;
 
-use mlac_engines::parity::Tolerance;
 use mlac_engines::tensorrt::{EngineReport, Product, Profiles, Target};
 use mlac_graph::builders::{GqaForm, Runtime};
 use mlac_graph::ir::DType;
@@ -13,22 +12,23 @@ use super::convert::{CARD, ConvertRequest, LayerPlan, Record, convert, source_na
 use super::export::{ExportOptions, export};
 use super::ranks::cache_plan;
 use super::subject::Subject;
-use super::{bench, build, evaluate, generate, verify};
+use super::{build, evidence, generate};
 use crate::error::Error;
 use crate::progress::Progress;
 use crate::release::{Card, Quality};
-use crate::report::data::{
-    CachePoint, DecodePoint, EngineRow, ParityRow, PerplexityRow, Report, StageTime,
-};
+use crate::report::data::{CachePoint, EngineRow, Form, PerplexityRow, Report, StageTime};
 use crate::report::html;
 
 /// Contexts in the report's table of cache sizes.
 const CACHE_CONTEXTS: [usize; 6] = [1 << 10, 1 << 12, 1 << 13, 1 << 15, 1 << 16, 1 << 17];
-/// Tokens compared between the checkpoint and its graphs, the last of them decoded one at a time.
-const PARITY_TOKENS: usize = 256;
-const PARITY_STEPS: usize = 32;
 const GENERATED_TOKENS: usize = 48;
-const BENCH_REPEATS: usize = 5;
+
+/// The converted model's graphs.
+pub(super) const ONNX: &str = "onnx";
+/// The source's, in standard operators.
+pub(super) const GQA: &str = "onnx-gqa";
+/// The source's with ONNX Runtime's own operator of attention.
+pub(super) const GQA_OPERATOR: &str = "onnx-gqa-operator";
 
 /// What to compile.
 pub struct CompileRequest<'a> {
@@ -40,6 +40,8 @@ pub struct CompileRequest<'a> {
     pub output: &'a Path,
     /// The source as the user named it.
     pub source: &'a Path,
+    /// How the converted layers are written in `onnx/`.
+    pub form: Form,
     /// Evaluation text.
     pub evaluation: Option<&'a Path>,
     /// Tokens in an evaluation window.
@@ -89,19 +91,8 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
     let converted = Checkpoint::open(at("checkpoint"))?;
     clock.lap("calibrate and convert");
 
-    // MLA checkpoint -> ONNX; the source too, as the baseline of timing.
-    let standard = ExportOptions {
-        dtype: DType::F32,
-        gqa_form: GqaForm::Primitives,
-        runtime: Runtime::Standard,
-    };
-    export(&converted, &at("onnx"), standard, progress)?;
-    export(
-        request.convert.checkpoint,
-        &at("onnx-gqa"),
-        standard,
-        progress,
-    )?;
+    // MLA checkpoint -> ONNX; the source too, as the baselines of timing.
+    export_all(request, &converted, progress)?;
     clock.lap("export ONNX");
 
     // ONNX -> engines.
@@ -111,19 +102,19 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
     }
 
     // Verify at every arrow.
-    let parity = verify_all(request, progress)?;
+    let parity = evidence::verify_all(request, progress)?;
     clock.lap("verify");
 
-    let perplexity = measure_quality(request, progress)?;
+    let perplexity = evidence::measure_quality(request, progress)?;
     if let Some(row) = &perplexity {
         write_card(request, &converted, &record, row)?;
         clock.lap("evaluate");
     }
 
-    let decode = time_decode(request, progress)?;
+    let decode = evidence::time_decode(request, progress)?;
     clock.lap("time decode steps");
 
-    let mut subject = Subject::open(&at("onnx"), threads)?;
+    let mut subject = Subject::open(&at(ONNX), threads)?;
     refuse_wrong_cache(request, &subject)?;
     let generation = generate::generate(&mut subject, request.prompt, GENERATED_TOKENS)?;
     clock.lap("generate");
@@ -133,6 +124,7 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
         command: request.command.clone(),
         source: request.source.display().to_string(),
         shape: shape_line(request),
+        form: request.form,
         gqa_cache_numbers: record.gqa_cache_numbers,
         mla_cache_numbers: record.mla_cache_numbers,
         cache_dtype_bytes: 2,
@@ -140,7 +132,8 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
         layers: record.layers.clone(),
         perplexity,
         decode,
-        decode_command: decode_command(request),
+        decode_command: evidence::decode_command(request),
+        operator_left_out: evidence::operator_left_out(request),
         parity,
         engines,
         prompt: generation.prompt,
@@ -152,15 +145,52 @@ pub fn compile(request: &CompileRequest<'_>, progress: Progress) -> Result<Repor
     Ok(report)
 }
 
-/// The emitted graph's cache must be what the plan said, at every context.
+/// Writes the graphs: of the converted model in the form that was asked for, of the source in both of its forms.
+fn export_all(
+    request: &CompileRequest<'_>,
+    converted: &Checkpoint,
+    progress: Progress,
+) -> Result<(), Error> {
+    let source = request.convert.checkpoint;
+    let primitives = ExportOptions {
+        dtype: DType::F32,
+        gqa_form: GqaForm::Primitives,
+        runtime: Runtime::Standard,
+    };
+    let of_form = ExportOptions {
+        runtime: match request.form {
+            Form::Standard => Runtime::Standard,
+            Form::Ort => Runtime::OnnxRuntime,
+        },
+        ..primitives
+    };
+    let operator = ExportOptions {
+        gqa_form: GqaForm::GroupQueryAttention,
+        ..primitives
+    };
+    let at = |name: &str| request.staging.join(name);
+    export(converted, &at(ONNX), of_form, progress)?;
+    export(source, &at(GQA), primitives, progress)?;
+    if operator.gqa_form.takes(source.config()) {
+        export(source, &at(GQA_OPERATOR), operator, progress)?;
+    }
+    Ok(())
+}
+
+/// The emitted graph's cache must be what the plan said, at every context. A cache in place has no size of its own: with room for
+/// `context` rows, and of a ring for its window's, it must hold what is planned for `context` tokens.
 fn refuse_wrong_cache(request: &CompileRequest<'_>, emitted: &Subject) -> Result<(), Error> {
     let convert = &request.convert;
     let plan = cache_plan(convert.checkpoint.config(), &convert.layers, 1);
     for context in CACHE_CONTEXTS {
         let (planned, found) = (plan.mla_bytes(context), emitted.cache_numbers(context));
         if planned != found {
+            let tokens = match request.form {
+                Form::Standard => "tokens",
+                Form::Ort => "rows of capacity",
+            };
             return Err(mlac_model::Refusal::new(
-                format!("cache of the emitted graph at {context} tokens"),
+                format!("cache of the emitted graph at {context} {tokens}"),
                 format!("{planned} numbers, as planned"),
                 found.to_string(),
                 "report this as a defect of mlac",
@@ -248,134 +278,6 @@ fn engine_row(engine: &EngineReport) -> EngineRow {
         attention: build::attention_text(engine.attention),
         ran: "not run on a GPU".to_owned(),
     }
-}
-
-fn verify_all(request: &CompileRequest<'_>, progress: Progress) -> Result<Vec<ParityRow>, Error> {
-    let threads = request.convert.threads;
-    let staged = |name: &str| request.staging.join(name);
-    let shown = |name: &str| request.output.join(name).display().to_string();
-    let source = request.source.display().to_string();
-    let pairs = [
-        (
-            "source: layers against ONNX",
-            request.source.to_path_buf(),
-            source.clone(),
-            "onnx-gqa",
-            true,
-        ),
-        (
-            "converted: layers against ONNX, prefill and decode",
-            staged("checkpoint"),
-            shown("checkpoint"),
-            "onnx",
-            true,
-        ),
-        (
-            "source against converted",
-            request.source.to_path_buf(),
-            source,
-            "onnx",
-            false,
-        ),
-    ];
-    let mut rows = Vec::new();
-    for (what, a, a_shown, b, exact) in pairs {
-        let mut reference = Subject::open(&a, threads)?;
-        let mut candidate = Subject::open(&staged(b), threads)?;
-        let result = verify::verify(
-            &mut reference,
-            &mut candidate,
-            None,
-            PARITY_TOKENS,
-            PARITY_STEPS,
-            &Tolerance::EXACT,
-            threads,
-            progress,
-        )?;
-        rows.push(ParityRow {
-            what: what.to_owned(),
-            passed: exact.then_some(result.failures.is_empty()),
-            figures: result.figures,
-            command: format!("mlac verify {a_shown} {}", shown(b)),
-        });
-    }
-    Ok(rows)
-}
-
-fn measure_quality(
-    request: &CompileRequest<'_>,
-    progress: Progress,
-) -> Result<Option<PerplexityRow>, Error> {
-    let Some(text) = request.evaluation else {
-        return Ok(None);
-    };
-    let measure = |folder: &str| {
-        let mut subject = Subject::open(&request.staging.join(folder), request.convert.threads)?;
-        evaluate::evaluate(
-            &mut subject,
-            text,
-            request.eval_window,
-            Some(request.eval_windows),
-            request.convert.threads,
-            progress,
-        )
-    };
-    let original = measure("onnx-gqa")?;
-    let converted = measure("onnx")?;
-    let command = |folder: &str| {
-        format!(
-            "mlac eval {} --text {} --window {} --windows {}",
-            request.output.join(folder).display(),
-            text.display(),
-            request.eval_window,
-            original.losses.len()
-        )
-    };
-    Ok(Some(PerplexityRow {
-        text: text.display().to_string(),
-        window: request.eval_window,
-        windows: original.losses.len(),
-        original: original.perplexity,
-        converted: converted.perplexity,
-        ratio: converted.perplexity / original.perplexity,
-        command_original: command("onnx-gqa"),
-        command_converted: command("onnx"),
-    }))
-}
-
-fn time_decode(
-    request: &CompileRequest<'_>,
-    progress: Progress,
-) -> Result<Vec<DecodePoint>, Error> {
-    let (gqa, mla) = (
-        request.staging.join("onnx-gqa"),
-        request.staging.join("onnx"),
-    );
-    let results = bench::bench(
-        &[&gqa, &mla],
-        request.contexts,
-        BENCH_REPEATS,
-        request.convert.threads,
-        progress,
-    )?;
-    Ok(results
-        .into_iter()
-        .map(|r| DecodePoint {
-            context: r.context,
-            gqa_ms: r.milliseconds[0],
-            mla_ms: r.milliseconds[1],
-        })
-        .collect())
-}
-
-fn decode_command(request: &CompileRequest<'_>) -> String {
-    let contexts: Vec<String> = request.contexts.iter().map(usize::to_string).collect();
-    format!(
-        "mlac bench {} {} --contexts {} --repeats {BENCH_REPEATS}",
-        request.output.join("onnx-gqa").display(),
-        request.output.join("onnx").display(),
-        contexts.join(",")
-    )
 }
 
 /// The checkpoint's model card once more, with the quality that was measured.

@@ -7,6 +7,7 @@ pub mod calibrate;
 pub mod compile;
 pub mod convert;
 pub mod evaluate;
+mod evidence;
 pub mod export;
 pub mod generate;
 pub mod gradients;

@@ -3,6 +3,28 @@
 use mlac_converter::RefineReport;
 use serde::{Deserialize, Serialize};
 
+/// How the converted layers of the ONNX folder are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Form {
+    /// ONNX's own operators, for any runtime.
+    Standard,
+    /// mlac's operators for ONNX Runtime.
+    Ort,
+}
+
+impl Form {
+    /// What a reader of a report is told.
+    pub fn words(self) -> &'static str {
+        match self {
+            Self::Standard => "standard: ONNX's own operators",
+            Self::Ort => {
+                "ort: mlac::LatentAttention over a cache in place, prompts and steps in one graph"
+            }
+        }
+    }
+}
+
 /// Cache of the whole model at one context.
 #[derive(Debug, Clone, Serialize)]
 pub struct CachePoint {
@@ -70,8 +92,10 @@ pub struct PerplexityRow {
 pub struct DecodePoint {
     /// Cached tokens before the step.
     pub context: usize,
-    /// Median milliseconds of a step of the GQA model.
+    /// Median milliseconds of a step of the GQA model in standard operators.
     pub gqa_ms: f64,
+    /// The same with ONNX Runtime's own operator, `GroupQueryAttention`, where it takes the model's heads.
+    pub gqa_operator_ms: Option<f64>,
     /// Median milliseconds of a step of the MLA model.
     pub mla_ms: f64,
 }
@@ -142,6 +166,8 @@ pub struct Report {
     pub source: String,
     /// One line on the model's shape.
     pub shape: String,
+    /// How the converted layers are written in `onnx/`.
+    pub form: Form,
     /// Numbers that all layers of the source cache of one token, inside every sliding window.
     pub gqa_cache_numbers: usize,
     /// The same after conversion.
@@ -158,6 +184,9 @@ pub struct Report {
     pub decode: Vec<DecodePoint>,
     /// Where decode times come from.
     pub decode_command: String,
+    /// Why `GroupQueryAttention` is not among them, if it is not.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub operator_left_out: Option<String>,
     /// Parity.
     pub parity: Vec<ParityRow>,
     /// Engines.

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use super::charts::{Chart, Series};
 use super::data::Report;
+use super::decode;
 use crate::cli::units::{show_bytes, show_tokens};
 
 const STYLE: &str = "body{font:15px/1.5 system-ui,sans-serif;max-width:1340px;margin:2em auto;padding:0 1em;color:#222}\
@@ -32,8 +33,9 @@ pub fn page(report: &Report) -> String {
     let _ = write!(
         out,
         "<!doctype html><html lang=\"en\"><head><meta charset=\"utf-8\"><title>{title}</title><style>{STYLE}</style></head><body>\
-         <h1>{title}</h1><p>{}</p><p class=\"big\">{}",
+         <h1>{title}</h1><p>{}<br>Graphs: {}.</p><p class=\"big\">{}",
         escape(&report.shape),
+        escape(report.form.words()),
         escape(&cache_line(report)),
     );
     match &report.perplexity {
@@ -179,31 +181,7 @@ pub fn report_charts(report: &Report) -> Vec<Chart> {
             ],
         });
     }
-    charts.push(Chart {
-        title: "Decode step by context (ONNX Runtime, CPU)".into(),
-        x: "context (tokens)".into(),
-        y: "milliseconds".into(),
-        log_x: true,
-        log_y: false,
-        series: vec![
-            line(
-                "GQA",
-                report
-                    .decode
-                    .iter()
-                    .map(|d| (d.context as f64, d.gqa_ms))
-                    .collect(),
-            ),
-            line(
-                "MLA",
-                report
-                    .decode
-                    .iter()
-                    .map(|d| (d.context as f64, d.mla_ms))
-                    .collect(),
-            ),
-        ],
-    });
+    charts.push(decode::chart(report));
     charts
 }
 
@@ -302,25 +280,8 @@ fn tables(out: &mut String, report: &Report) {
             escape(&p.command_converted)
         );
     }
-    out.push_str("<h2>Decode</h2>");
-    let rows: Vec<Vec<String>> = report
-        .decode
-        .iter()
-        .map(|d| {
-            vec![
-                show_tokens(d.context),
-                format!("{:.2}", d.gqa_ms),
-                format!("{:.2}", d.mla_ms),
-                format!("{:.2}", d.gqa_ms / d.mla_ms),
-            ]
-        })
-        .collect();
-    table(out, &["context", "GQA ms", "MLA ms", "GQA / MLA"], &rows);
-    let _ = write!(
-        out,
-        "<pre>{}</pre><h2>Engines</h2>",
-        escape(&report.decode_command)
-    );
+    decode::table(out, report);
+    out.push_str("<h2>Engines</h2>");
     let rows: Vec<Vec<String>> = report
         .engines
         .iter()
@@ -382,7 +343,7 @@ fn tables(out: &mut String, report: &Report) {
     table(out, &head, &rows);
 }
 
-fn table(out: &mut String, head: &[&str], rows: &[Vec<String>]) {
+pub(super) fn table(out: &mut String, head: &[&str], rows: &[Vec<String>]) {
     out.push_str("<table><tr>");
     for h in head {
         let _ = write!(out, "<th>{h}</th>");
@@ -398,7 +359,7 @@ fn table(out: &mut String, head: &[&str], rows: &[Vec<String>]) {
     out.push_str("</table>");
 }
 
-fn escape(text: &str) -> String {
+pub(super) fn escape(text: &str) -> String {
     text.replace('&', "&amp;")
         .replace('<', "&lt;")
         .replace('>', "&gt;")

@@ -2,4 +2,5 @@
 
 pub mod charts;
 pub mod data;
+mod decode;
 pub mod html;

@@ -1,6 +1,6 @@
 //! `mlac bench`.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::Context;
 use crate::cli::args::BenchArgs;
@@ -9,9 +9,7 @@ use crate::error::Error;
 use crate::pipeline::bench;
 
 pub(super) fn run(args: &BenchArgs, context: Context) -> Result<bool, Error> {
-    let folders: Vec<&Path> = std::iter::once(args.a.as_path())
-        .chain(args.b.as_deref())
-        .collect();
+    let folders: Vec<&Path> = args.models.iter().map(PathBuf::as_path).collect();
     let results = bench::bench(
         &folders,
         &args.contexts,
@@ -19,10 +17,11 @@ pub(super) fn run(args: &BenchArgs, context: Context) -> Result<bool, Error> {
         context.threads,
         context.progress,
     )?;
-    let mut head = vec!["context", "A ms", "A cache"];
-    if args.b.is_some() {
-        head.extend(["B ms", "B cache", "A / B"]);
-    }
+    let name = |i: usize| char::from(b'A' + (i % 26) as u8);
+    let last = folders.len() - 1;
+    let mut head = vec!["context".to_owned()];
+    head.extend((0..=last).flat_map(|i| [format!("{} ms", name(i)), format!("{} cache", name(i))]));
+    head.extend((0..last).map(|i| format!("{} / {}", name(i), name(last))));
     let rows: Vec<Vec<String>> = results
         .iter()
         .map(|r| {
@@ -30,12 +29,12 @@ pub(super) fn run(args: &BenchArgs, context: Context) -> Result<bool, Error> {
             for (ms, bytes) in r.milliseconds.iter().zip(&r.cache_bytes) {
                 row.extend([format!("{ms:.2}"), show_bytes(*bytes as u64)]);
             }
-            if let [a, b] = r.milliseconds[..] {
-                row.push(format!("{:.2}", a / b));
-            }
+            let ratio = |ms: &f64| format!("{:.2}", ms / r.milliseconds[last]);
+            row.extend(r.milliseconds[..last].iter().map(ratio));
             row
         })
         .collect();
+    let head: Vec<&str> = head.iter().map(String::as_str).collect();
     context.show(&results, &table(&head, &rows))?;
     Ok(true)
 }

@@ -5,10 +5,11 @@ use mlac_model::Checkpoint;
 use super::Context;
 use super::build::{profiles, targets};
 use super::convert::{convert_request, forget_refined};
-use crate::cli::args::{CompileArgs, DtypeArg};
+use crate::cli::args::{CompileArgs, CompileFormArg, DtypeArg};
 use crate::cli::summary;
 use crate::error::Error;
 use crate::pipeline::compile::{CompileRequest, compile};
+use crate::report::data::Form;
 
 pub(super) fn run(args: &CompileArgs, context: Context) -> Result<bool, Error> {
     crate::staging::refuse_existing(&args.output)?;
@@ -30,6 +31,10 @@ pub(super) fn run(args: &CompileArgs, context: Context) -> Result<bool, Error> {
         staging: staging.path(),
         output: &args.output,
         source: &args.model,
+        form: match args.form {
+            CompileFormArg::Standard => Form::Standard,
+            CompileFormArg::Ort => Form::Ort,
+        },
         evaluation: args.eval.as_deref(),
         eval_window: args.eval_window,
         eval_windows: args.eval_windows,
