@@ -55,6 +55,17 @@ impl Arch {
         }
     }
 
+    /// Multiprocessors of the largest GPU (A100, RTX A6000, L40, H100 SXM, RTX PRO 6000 Blackwell; NVIDIA's data sheets).
+    pub fn multiprocessors(self) -> u32 {
+        match self {
+            Self::Sm80 => 108,
+            Self::Sm86 => 84,
+            Self::Sm89 => 142,
+            Self::Sm90a => 132,
+            Self::Sm120 => 188,
+        }
+    }
+
     /// Whether warpgroup multiplication and the tensor memory accelerator are there.
     pub const fn has_wgmma(self) -> bool {
         matches!(self, Self::Sm90a)

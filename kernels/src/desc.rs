@@ -173,7 +173,7 @@ impl AttentionDesc {
                         "kernel kv_lora_rank",
                         format!("one of {}", list(&RANKS)),
                         kv_lora_rank,
-                        "convert with --align 64, or choose the next rank above and pad the latent with zeros",
+                        "convert with --align 64, or with a --kv-lora-rank of that list",
                     );
                 }
                 if !ROPES.contains(&rope_dim) {

@@ -17,6 +17,7 @@ pub mod fp8;
 pub mod gpu_check;
 pub mod inspect;
 pub mod launch;
+pub mod layer;
 pub mod layout;
 pub mod matmul;
 pub mod params;

@@ -6,6 +6,7 @@
 //! Everything else is copied as it is.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use mlac_model::Refusal;
 
@@ -22,7 +23,7 @@ const CACHE: (usize, &str) = (2, "past_latent.");
 pub(super) fn attach(
     path: &Path,
     model: &[u8],
-    kernels: &mut dyn FnMut(usize) -> Result<Vec<u8>>,
+    kernels: &mut dyn FnMut(usize) -> Result<Arc<[u8]>>,
 ) -> Result<(Vec<u8>, Vec<usize>)> {
     let mut layers = Vec::new();
     let model = rewrite(path, model, 7, &mut |graph| {
@@ -217,7 +218,7 @@ mod tests {
 
     fn attached(model: &[u8]) -> Result<(Vec<u8>, Vec<usize>)> {
         attach(Path::new("file.onnx"), model, &mut |layer| {
-            Ok(vec![layer as u8; 300])
+            Ok([layer as u8; 300].into())
         })
     }
 

@@ -8,7 +8,6 @@ use mlac_model::Refusal;
 
 use super::builder::{Attention, Builder, Engine, InputShapes};
 use super::enterprise::{self, Plugins};
-use super::latent;
 use super::library::{Product, TensorRt};
 use super::manifest::{self, EngineRecord, Manifest, ProfileRecord};
 use super::profile::{Profile, Profiles};
@@ -295,7 +294,7 @@ fn graphs(onnx: &Path, options: &BuildOptions) -> Result<Vec<Graph>> {
         )
         .into());
     }
-    let [_, piece] = latent::QUERY_TOKENS;
+    let [_, piece] = mlac_kernels::layer::QUERY_TOKENS;
     let prompts = match options.product {
         Product::Rtx => options.profiles.prefill(),
         Product::Enterprise => options.profiles.pieces(piece as usize)?,

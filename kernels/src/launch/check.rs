@@ -9,6 +9,11 @@ use crate::params::{Address, AppendParams, DecodeParams, PlanParams};
 /// Most CTAs that a plan divides work among: `kMaxParts` of `cuda/combine.cuh`.
 pub(super) const MAX_PARTS: u32 = 1024;
 
+/// As many parts as may be, of so many CTAs.
+pub(crate) fn most_parts(ctas: u32) -> u32 {
+    ctas.min(MAX_PARTS)
+}
+
 /// A stretch of device memory.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Region {

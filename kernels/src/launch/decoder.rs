@@ -5,7 +5,7 @@ use std::ptr;
 
 use cudarc::driver::sys;
 
-use super::check::{Append, Call, Grids, MAX_PARTS};
+use super::check::{Append, Call, Grids, most_parts};
 use super::driver::{Device, Stream, failed};
 use super::module::{Module, launch, resident, tensor_map};
 use super::recipe::{COMBINE_THREADS, PLAN_THREADS};
@@ -58,7 +58,7 @@ impl Decoder {
         Ok(Self {
             desc: *desc,
             config: config.clone(),
-            parts: (device.multiprocessors() * resident).min(MAX_PARTS),
+            parts: most_parts(device.multiprocessors() * resident),
             decode,
             plan,
             append,

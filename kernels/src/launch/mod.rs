@@ -10,6 +10,7 @@ mod matmul;
 mod module;
 mod recipe;
 
+pub(crate) use check::most_parts;
 pub use check::{Append, Call, Grids, Region, Workspace};
 pub use decoder::Decoder;
 pub use driver::{Buffer, Device, Event, Stream};
