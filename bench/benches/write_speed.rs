@@ -80,6 +80,7 @@ fn write_speed(c: &mut Criterion) {
         dtype: DType::F32,
         gqa_form: GqaForm::Primitives,
         runtime: Runtime::Standard,
+        arch: None,
     };
     let mut group = c.benchmark_group("write");
     group.sample_size(10);

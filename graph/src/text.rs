@@ -107,6 +107,7 @@ impl fmt::Display for Attribute {
             Self::Ints(all) => write!(f, "{all:?}"),
             Self::DType(d) => write!(f, "{d}"),
             Self::Text(word) => f.write_str(word),
+            Self::Bytes(bytes) => write!(f, "<{} bytes>", bytes.len()),
             Self::Graph(graph) => f.write_str(graph.name()),
         }
     }

@@ -12,8 +12,8 @@ mod common;
 
 use common::{converted, gpt_oss, llama, qwen2};
 use mlac_graph::builders::{
-    DecoderOptions, MlaForm, Runtime, StepForm, StepOptions, decoder_graph, latent_attention_graph,
-    step_graph,
+    DecoderOptions, GqaForm, LayerKernels, MlaForm, Runtime, StepForm, StepOptions, decoder_graph,
+    decoder_graph_with_kernels, latent_attention_graph, step_graph,
 };
 use mlac_graph::ir::{DType, GraphBuilder, MLAC_DOMAIN, Op};
 use mlac_graph::onnx::{MemoryWeights, to_bytes};
@@ -134,6 +134,7 @@ fn left_out_inputs_are_empty_or_packed() {
             scale: 0.5,
             sliding_window: None,
             plugin,
+            kernels: plugin.is_none().then(|| [7, 1, 0xff].into()),
         };
         let inputs = [
             Some(query),
@@ -155,6 +156,10 @@ fn left_out_inputs_are_empty_or_packed() {
     assert!(holds(&written(Some(2)), &names(b"")));
     assert!(holds(&written(Some(2)), b"plugin_namespace"));
     assert!(!holds(&written(None), b"plugin"));
+    // AttributeProto: name = 1, s = 4.
+    let kernels = b"\x0a\x07kernels\x22\x03\x07\x01\xff";
+    assert!(holds(&written(None), kernels));
+    assert!(!holds(&written(Some(2)), b"kernels"));
     assert!(holds(&written(None), MLAC_DOMAIN.as_bytes()));
 }
 
@@ -179,6 +184,7 @@ fn what_the_operator_does_not_take_is_an_error_of_the_node() {
             scale,
             sliding_window: None,
             plugin,
+            kernels: None,
         };
         let inputs = [query, new, cache, past].map(Some);
         match b.apply("attention", op, &inputs) {
@@ -283,4 +289,81 @@ fn a_step_by_the_operator() {
     };
     let graph = step_graph(&converted(llama(1), &[0]), 0, &options, None).unwrap();
     insta::assert_snapshot!(graph.graph().to_string());
+}
+
+#[test]
+fn the_form_for_the_cuda_provider_brings_kernels_and_has_neither_mask_nor_rings() {
+    // Layer 0 has a window, layer 1 has none, layer 2 is not converted.
+    let cfg = converted(gpt_oss(3, ExpertFormat::Mxfp4), &[0, 1]);
+    let options = form(Runtime::OnnxRuntimeCuda, DType::F16);
+    let kernels: LayerKernels = (0..2)
+        .map(|layer| (layer, [7_u8, layer as u8, 0xff].into()))
+        .collect();
+    let graph = decoder_graph_with_kernels(&cfg, &options, kernels.clone()).unwrap();
+    assert_eq!(type_of(&graph, "past_lengths"), "i32[batch]");
+    assert!(!graph.input_names().contains(&"attention_mask"));
+    for layer in 0..2 {
+        let width = cfg.mla_layer(layer).unwrap().cache_width();
+        for part in ["past", "present"] {
+            assert_eq!(
+                type_of(&graph, &format!("{part}_latent.{layer}")),
+                format!("f16[batch, capacity, {width}]")
+            );
+        }
+    }
+    let found = operators(&graph);
+    assert_eq!(found.len(), 2);
+    for (layer, op) in found.into_iter().enumerate() {
+        let Op::LatentAttention {
+            sliding_window,
+            plugin,
+            kernels: brought,
+            ..
+        } = op
+        else {
+            unreachable!()
+        };
+        assert_eq!(
+            (*sliding_window, *plugin),
+            (cfg.sliding_window[layer], None)
+        );
+        assert_eq!(brought.as_ref(), kernels.get(&layer));
+    }
+    // Experts are in standard operators: those of mlac are for a CPU.
+    let mut ops = graph.graph().nodes().map(|(_, node)| &node.op);
+    assert!(!ops.any(|op| matches!(op, Op::Mxfp4Experts { .. })));
+}
+
+#[test]
+fn what_the_cuda_provider_cannot_run_is_refused() {
+    let refusal = |cfg: &ModelConfig, options: DecoderOptions, kernels: LayerKernels| {
+        match decoder_graph_with_kernels(cfg, &options, kernels) {
+            Err(Error::Refused(refusal)) => refusal.to_string(),
+            other => panic!("not refused: {other:?}"),
+        }
+    };
+    let cfg = converted(llama(2), &[0, 1]);
+    let options = form(Runtime::OnnxRuntimeCuda, DType::F16);
+    let one: LayerKernels = std::iter::once((0, [1].into())).collect();
+    let said = refusal(&cfg, options, one);
+    assert!(
+        said.starts_with("layer 1 of a graph for the CUDA"),
+        "{said}"
+    );
+    let wide = form(Runtime::OnnxRuntimeCuda, DType::F32);
+    let said = refusal(&cfg, wide, LayerKernels::new());
+    assert!(said.contains("expected f16, which its kernels take, found f32"));
+    for runtime in [Runtime::OnnxRuntimeCuda, Runtime::TensorRtPlugin] {
+        let said = refusal(&llama(1), form(runtime, DType::F16), LayerKernels::new());
+        assert!(
+            said.contains("expected converted layers, found none"),
+            "{said}"
+        );
+    }
+    let operator = DecoderOptions {
+        gqa_form: GqaForm::GroupQueryAttention,
+        ..options
+    };
+    let said = refusal(&cfg, operator, LayerKernels::new());
+    assert!(said.contains("expected primitives"), "{said}");
 }

@@ -61,7 +61,9 @@ fn write(checkpoint: &Path, folder: &Path, files: &[(&str, DecoderOptions)]) -> 
                 Runtime::Standard | Runtime::OnnxRuntime => {
                     decoder_graph_as_stored(config, options, &checkpoint)
                 }
-                Runtime::TensorRt | Runtime::TensorRtPlugin => decoder_graph(config, options),
+                Runtime::OnnxRuntimeCuda | Runtime::TensorRt | Runtime::TensorRtPlugin => {
+                    decoder_graph(config, options)
+                }
             };
             Ok((*name, graph.map_err(text)?))
         })

@@ -2,7 +2,7 @@
 
 use mlac_model::{ExpertFormat, MlaEncoder, ModelConfig, Refusal, mxfp4::BLOCK};
 
-use super::context::GqaForm;
+use super::context::{GqaForm, LayerKernels, Runtime};
 use crate::ir::DType;
 
 /// Larger sizes than this are taken for damage; products of three stay far from overflow.
@@ -161,6 +161,33 @@ pub(super) fn layer(cfg: &ModelConfig, layer: usize) -> Result<(), Refusal> {
         layer.to_string(),
         "name a layer of the model",
     ))
+}
+
+/// Refuses a graph for a GPU without converted layers, and one for ONNX Runtime whose converted layers do not all bring kernels.
+pub(super) fn kernels(
+    cfg: &ModelConfig,
+    runtime: Runtime,
+    kernels: &LayerKernels,
+) -> Result<(), Refusal> {
+    let layers = || cfg.mla.iter().flat_map(|mla| mla.layers.keys());
+    if runtime.has_cuda_kernels() && layers().next().is_none() {
+        return Err(Refusal::new(
+            "model of a graph with LatentAttention on a GPU",
+            "converted layers",
+            "none",
+            "convert the model first, or export the standard form",
+        ));
+    }
+    let bare = layers().find(|layer| !kernels.contains_key(layer));
+    match bare {
+        Some(layer) if runtime == Runtime::OnnxRuntimeCuda => Err(Refusal::new(
+            format!("layer {layer} of a graph for the CUDA execution provider"),
+            "kernels that its node brings",
+            "none",
+            "build the graph with the kernels of every converted layer",
+        )),
+        _ => Ok(()),
+    }
 }
 
 /// Refuses heads that `com.microsoft::GroupQueryAttention` does not take.

@@ -1,6 +1,6 @@
 //! What the parts of one graph share: options, axes, masks and rotation tables.
 
-use std::collections::BTreeMap;
+use std::{collections::BTreeMap, sync::Arc};
 
 use mlac_model::ModelConfig;
 
@@ -53,6 +53,9 @@ pub enum Runtime {
     /// ONNX Runtime with mlac's library of operators: MLA layers are `mlac::LatentAttention` over a cache of fixed capacity
     /// that is kept in place, for prompts and steps alike, and linear layers with weights of 16 bits are `mlac::Linear16`.
     OnnxRuntime,
+    /// ONNX Runtime's CUDA execution provider with mlac's library of operators: as [`Runtime::OnnxRuntime`], but every node of
+    /// `mlac::LatentAttention` brings its kernels, no cache is a ring, and experts are in standard operators.
+    OnnxRuntimeCuda,
     /// Enterprise `TensorRT` with mlac's plugin: as [`Runtime::TensorRt`], but MLA layers are the plugin `LatentAttention`.
     /// `TensorRT` for RTX has no plugins and must not be given such a graph.
     TensorRtPlugin,
@@ -61,7 +64,16 @@ pub enum Runtime {
 impl Runtime {
     /// Whether MLA layers are `mlac::LatentAttention`.
     pub fn has_latent_attention(self) -> bool {
-        matches!(self, Self::OnnxRuntime | Self::TensorRtPlugin)
+        matches!(
+            self,
+            Self::OnnxRuntime | Self::OnnxRuntimeCuda | Self::TensorRtPlugin
+        )
+    }
+
+    /// Whether MLA layers run on mlac's CUDA kernels: they are f16, and know how many tokens are cached, `past_lengths`, but no
+    /// padding.
+    pub fn has_cuda_kernels(self) -> bool {
+        matches!(self, Self::OnnxRuntimeCuda | Self::TensorRtPlugin)
     }
 
     /// Whether linear layers in f32 multiply by 16-bit tensors as they are, with `mlac::Linear16`.
@@ -74,6 +86,10 @@ impl Runtime {
         matches!(self, Self::TensorRt | Self::TensorRtPlugin)
     }
 }
+
+/// By converted layer the bytes that its node of `mlac::LatentAttention` brings for [`Runtime::OnnxRuntimeCuda`]: cubins with
+/// their recipes.
+pub type LayerKernels = BTreeMap<usize, Arc<[u8]>>;
 
 /// Which side of the score product the cache is on in the absorbed form.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -152,6 +168,8 @@ pub(super) struct Context<'a> {
     pub(super) lengths: BTreeMap<Option<usize>, (ValueId, ValueId)>,
     /// Cached tokens of every sequence as `LatentAttention` wants them, i32 `[batch]`.
     pub(super) past_lengths: Option<ValueId>,
+    /// What the nodes of `LatentAttention` bring.
+    pub(super) kernels: LayerKernels,
 }
 
 impl<'a> Context<'a> {
@@ -173,6 +191,7 @@ impl<'a> Context<'a> {
             fp4_quads: None,
             lengths: BTreeMap::new(),
             past_lengths: None,
+            kernels: LayerKernels::new(),
         }
     }
 

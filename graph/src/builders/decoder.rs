@@ -7,7 +7,7 @@ use mlac_model::{Dtype, ModelConfig, Refusal, checkpoint::expected_tensors};
 use super::{
     attention::{self, Attended, gqa, latent, mla},
     check,
-    context::{Axes, CacheProduct, Context, GqaForm, MlaForm, Runtime},
+    context::{Axes, CacheProduct, Context, GqaForm, LayerKernels, MlaForm, Runtime},
     head,
     mlp::mlp,
     moe::moe,
@@ -61,13 +61,23 @@ impl Default for DecoderOptions {
 /// With [`Runtime::has_latent_attention`] the cache of a converted layer is `past_latent.{i}` `[batch, capacity, r+d_r]`, with a
 /// window `[batch, capacity_w{W}, r+d_r]`, and `present_latent.{i}` has the same shape: bind both to one buffer. Its rows are those of
 /// `docs/latent-attention.md`; `past` is what `attention_mask` has more columns than `input_ids`. For
-/// [`Runtime::TensorRtPlugin`] `past_lengths` i32 `[batch]` stands in the place of `attention_mask`: there is no padding.
+/// [`Runtime::has_cuda_kernels`] `past_lengths` i32 `[batch]` stands in the place of `attention_mask`: there is no padding. For
+/// [`Runtime::OnnxRuntimeCuda`] every converted layer's cache is `[batch, capacity, r+d_r]`, with or without a window.
 ///
 /// `past` is the number of tokens seen so far. Without a window a layer has cached them all: `cached` is
 /// `past`, `kept` is `past+seq`. With a window W it has cached the last ones: `cached` is `past_w{W}`,
 /// which the caller makes `min(past, W)`, and `kept` is `present_w{W}`, which is `min(past+seq, W)`.
 pub fn decoder_graph(cfg: &ModelConfig, options: &DecoderOptions) -> Result<ValidGraph, Error> {
-    build_decoder(cfg, *options, BTreeMap::new())
+    build_decoder(cfg, *options, BTreeMap::new(), LayerKernels::new())
+}
+
+/// [`decoder_graph`] for [`Runtime::OnnxRuntimeCuda`], whose converted layers bring these kernels.
+pub fn decoder_graph_with_kernels(
+    cfg: &ModelConfig,
+    options: &DecoderOptions,
+    kernels: LayerKernels,
+) -> Result<ValidGraph, Error> {
+    build_decoder(cfg, *options, BTreeMap::new(), kernels)
 }
 
 /// [`decoder_graph`] whose large weights keep the 16 bits in which `source` has them, so that the data file
@@ -79,7 +89,8 @@ pub fn decoder_graph_as_stored(
     options: &DecoderOptions,
     source: &dyn WeightSource,
 ) -> Result<ValidGraph, Error> {
-    build_decoder(cfg, *options, stored_types(cfg, options.dtype, source))
+    let stored = stored_types(cfg, options.dtype, source);
+    build_decoder(cfg, *options, stored, LayerKernels::new())
 }
 
 /// The 16-bit tensors of `source` that a graph of `dtype` can keep as they are.
@@ -109,6 +120,14 @@ fn check_options(cfg: &ModelConfig, options: DecoderOptions) -> Result<(), Refus
     check::config(cfg)?;
     check::dtype(options.dtype)?;
     let operator = options.gqa_form == GqaForm::GroupQueryAttention;
+    if operator && options.runtime == Runtime::OnnxRuntimeCuda {
+        return Err(Refusal::new(
+            "form of the GQA layers",
+            "primitives: on a GPU the operator was not looked at",
+            "com.microsoft::GroupQueryAttention",
+            "leave the layers' form out",
+        ));
+    }
     if operator && options.runtime.is_tensorrt() {
         return Err(Refusal::new(
             "form of the GQA layers",
@@ -128,9 +147,9 @@ fn check_options(cfg: &ModelConfig, options: DecoderOptions) -> Result<(), Refus
             "write one decoder graph",
         ));
     }
-    if options.runtime == Runtime::TensorRtPlugin && options.dtype != DType::F16 {
+    if options.runtime.has_cuda_kernels() && options.dtype != DType::F16 {
         return Err(Refusal::new(
-            "element type of a graph for TensorRT with the plugin LatentAttention",
+            "element type of a graph with LatentAttention on a GPU",
             "f16, which its kernels take",
             options.dtype.to_string(),
             "export with --dtype f16",
@@ -160,7 +179,7 @@ fn cached_inputs<'a>(
     let slots = vec![axes.batch.clone(), axes.total()];
     let lengths = vec![axes.batch.clone()];
     let mut cx = Context::new(cfg, options.dtype, axes, positions);
-    if options.runtime == Runtime::TensorRtPlugin {
+    if options.runtime.has_cuda_kernels() {
         // The kernels know lengths and no padding.
         cx.past_lengths = Some(b.input(PAST_LENGTHS, DType::I32, lengths));
     } else {
@@ -262,13 +281,16 @@ fn build_decoder(
     cfg: &ModelConfig,
     options: DecoderOptions,
     stored: BTreeMap<String, DType>,
+    kernels: LayerKernels,
 ) -> Result<ValidGraph, Error> {
     check_options(cfg, options)?;
+    check::kernels(cfg, options.runtime, &kernels)?;
     let mut b = GraphBuilder::new("decoder");
     keep(&mut b, stored, options.runtime);
     let axes = cached_axes();
     let ids = b.input("input_ids", DType::I64, vec![axes.batch, axes.seq]);
     let mut cx = cached_inputs(&mut b, cfg, options);
+    cx.kernels = kernels;
     let layers = 0..cfg.num_hidden_layers;
     let pasts: Vec<_> = layers
         .map(|layer| attention::past_inputs(&mut b, &cx, layer))

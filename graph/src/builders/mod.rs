@@ -19,9 +19,10 @@ mod norm;
 mod rope;
 mod step;
 
-pub use context::{CacheProduct, GqaForm, MlaForm, Runtime};
+pub use context::{CacheProduct, GqaForm, LayerKernels, MlaForm, Runtime};
 pub use decoder::{
-    DecoderOptions, block_graph, decoder_graph, decoder_graph_as_stored, latent_attention_graph,
+    DecoderOptions, block_graph, decoder_graph, decoder_graph_as_stored,
+    decoder_graph_with_kernels, latent_attention_graph,
 };
 pub use head::{embed_graph, head_graph};
 pub use layer::{

@@ -104,7 +104,9 @@ pub(super) fn moe(
         let routed = route(b, sizes, prefix, rows)?;
         let form = match (cx.runtime, cx.mla_form) {
             (Runtime::OnnxRuntime, _) if moe.format == ExpertFormat::Mxfp4 => Form::Operator,
-            (Runtime::Standard | Runtime::OnnxRuntime, _) => Form::Chosen,
+            (Runtime::Standard | Runtime::OnnxRuntime | Runtime::OnnxRuntimeCuda, _) => {
+                Form::Chosen
+            }
             (_, MlaForm::Absorbed) => Form::Gathered,
             (_, MlaForm::Expanded) => Form::All,
         };

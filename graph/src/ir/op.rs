@@ -155,6 +155,8 @@ pub enum Op {
         sliding_window: Option<usize>,
         /// For `TensorRT`'s parser: a plugin, whose optional inputs are packed; bit `i` says that input `4 + i` is there.
         plugin: Option<u8>,
+        /// For ONNX Runtime's CUDA execution provider: cubins with their recipes.
+        kernels: Option<Arc<[u8]>>,
     },
     /// `mlac::Mxfp4Experts`, as `docs/mxfp4-experts.md` specifies it: `hidden [tokens.., D] f32, experts [tokens.., K] i64,
     /// weights [tokens.., K] f32`, then blocks, scales (u8) and bias (f32) of gate and up `[E, 2 I, D]` and of down
@@ -341,6 +343,7 @@ impl Op {
                 scale,
                 sliding_window,
                 plugin,
+                kernels,
             } => {
                 let mut attributes = vec![
                     ("kv_lora_rank", int(*kv_lora_rank)),
@@ -354,6 +357,9 @@ impl Op {
                         ("optional_inputs", Attribute::Int(i64::from(*optional))),
                         ("with_lse", int(0)),
                     ]);
+                }
+                if let Some(kernels) = kernels {
+                    attributes.push(("kernels", Attribute::Bytes(kernels.clone())));
                 }
                 attributes
             }
@@ -382,6 +388,8 @@ pub enum Attribute {
     DType(DType),
     /// A word.
     Text(&'static str),
+    /// Bytes, which ONNX takes for a string.
+    Bytes(Arc<[u8]>),
     /// A graph.
     Graph(Arc<Graph>),
 }

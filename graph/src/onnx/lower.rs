@@ -190,6 +190,10 @@ fn attribute(name: &str, value: Attribute) -> Option<AttributeProto> {
             proto.s = Some(word.as_bytes().to_vec());
             AttributeType::String
         }
+        Attribute::Bytes(bytes) => {
+            proto.s = Some(bytes.to_vec());
+            AttributeType::String
+        }
         Attribute::Graph(_) => return None,
     };
     proto.r#type = Some(kind as i32);

@@ -203,6 +203,9 @@ pub enum FormArg {
     /// `mlac::LatentAttention` over a cache in place, `mlac::Mxfp4Experts`, `mlac::Linear16` for weights of 16 bits: ONNX Runtime with
     /// `libmlac_ort.so`; mlac's own commands have them in themselves.
     Ort,
+    /// `mlac::LatentAttention` with its CUDA kernels, for the GPU that `--target` names: ONNX Runtime's CUDA execution provider with
+    /// `libmlac_ort.so`, f16. Not run on a GPU.
+    OrtCuda,
     /// The plugin `LatentAttention`: enterprise TensorRT, f16.
     Tensorrt,
 }
@@ -215,15 +218,18 @@ pub struct ExportArgs {
     /// Folder to write; must not exist.
     #[arg(short, long)]
     pub output: PathBuf,
-    /// Type of weights, activations and cache: f32 or f16.
-    #[arg(long, value_enum, default_value_t = DtypeArg::F32)]
-    pub dtype: DtypeArg,
+    /// Type of weights, activations and cache: f32 or f16 [default: f32, with `--form ort-cuda` f16].
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeArg>,
     /// Form of layers that are not converted.
     #[arg(long, value_enum, default_value_t = GqaFormArg::Primitives)]
     pub gqa_form: GqaFormArg,
     /// Form of the converted layers.
     #[arg(long, value_enum, default_value_t = FormArg::Standard)]
     pub form: FormArg,
+    /// GPU architecture for `--form ort-cuda`: `sm_80`, `sm_86`, `sm_89`, `sm_90a` or `sm_120`.
+    #[arg(long)]
+    pub target: Option<String>,
     /// Write standard operators for TensorRT for RTX: fused attention where it takes the shape.
     #[arg(long, conflicts_with = "form")]
     pub tensorrt: bool,

@@ -156,6 +156,7 @@ fn export_all(
         dtype: DType::F32,
         gqa_form: GqaForm::Primitives,
         runtime: Runtime::Standard,
+        arch: None,
     };
     let of_form = ExportOptions {
         runtime: match request.form {
@@ -253,6 +254,7 @@ fn build_engines(
         dtype: DType::F16,
         gqa_form: GqaForm::Primitives,
         runtime: Runtime::TensorRt,
+        arch: None,
     };
     let onnx = request.staging.join("onnx-tensorrt");
     export(converted, &onnx, options, progress)?;

@@ -4,14 +4,18 @@ use std::path::Path;
 
 use mlac_graph::ValidGraph;
 use mlac_graph::builders::{
-    CacheProduct, DecoderOptions, GqaForm, MlaForm, Runtime, decoder_graph, decoder_graph_as_stored,
+    CacheProduct, DecoderOptions, GqaForm, LayerKernels, MlaForm, Runtime, decoder_graph,
+    decoder_graph_as_stored, decoder_graph_with_kernels,
 };
 use mlac_graph::ir::DType;
 use mlac_graph::onnx::write_folder;
-use mlac_model::Checkpoint;
+use mlac_kernels::Arch;
+use mlac_kernels::layer::{self, parts_without_a_gpu};
+use mlac_model::{Checkpoint, ModelConfig};
 use serde::Serialize;
 
 use super::convert::pretty;
+use super::purpose::Purpose;
 use crate::error::Error;
 use crate::progress::Progress;
 use crate::staging::Staging;
@@ -28,6 +32,8 @@ pub struct ExportOptions {
     pub gqa_form: GqaForm,
     /// Which runtime's operators.
     pub runtime: Runtime,
+    /// GPU whose kernels the nodes bring, for [`Runtime::OnnxRuntimeCuda`].
+    pub arch: Option<Arch>,
 }
 
 /// What was written.
@@ -40,7 +46,8 @@ pub struct Exported {
 }
 
 /// Writes `output`: `decoder.onnx` (absorbed in MLA layers, right for any length), for an MLA model
-/// `prefill.onnx` (expanded heads) too unless it is `mlac::LatentAttention` that serves both, `decoder.onnx.data`, `config.json`, the tokenizer.
+/// `prefill.onnx` (expanded heads) too unless it is `mlac::LatentAttention` that serves both, `decoder.onnx.data`, `config.json`, the tokenizer, and
+/// where not every ONNX Runtime runs it `mlac.json`.
 pub fn export(
     checkpoint: &Checkpoint,
     output: &Path,
@@ -48,7 +55,7 @@ pub fn export(
     progress: Progress,
 ) -> Result<Exported, Error> {
     let staging = Staging::create(output)?;
-    let graphs = graphs(checkpoint, options)?;
+    let graphs = graphs(checkpoint, options, progress)?;
     let named: Vec<(&str, &ValidGraph)> =
         graphs.iter().map(|(name, graph)| (*name, graph)).collect();
     let stage = progress.stage("writing ONNX (MiB)", 0);
@@ -60,6 +67,9 @@ pub fn export(
     let seconds = stage.seconds();
     drop(stage);
     write_side_files(checkpoint, staging.path())?;
+    if let Some(arch) = options.arch {
+        Purpose::cuda(arch).write(staging.path())?;
+    }
     let files = report
         .files
         .iter()
@@ -80,8 +90,14 @@ pub fn export(
 fn graphs(
     checkpoint: &Checkpoint,
     options: ExportOptions,
+    progress: Progress,
 ) -> Result<Vec<(&'static str, ValidGraph)>, Error> {
     let config = checkpoint.config();
+    let kernels = match options.arch {
+        Some(arch) if options.dtype == DType::F16 => kernels_of(config, arch, progress)?,
+        // The graph refuses another type before it misses kernels.
+        _ => LayerKernels::new(),
+    };
     // ONNX Runtime casts 16-bit weights when it loads them; TensorRT is given its own type.
     let graph = |mla_form| {
         let options = DecoderOptions {
@@ -95,6 +111,9 @@ fn graphs(
             Runtime::Standard | Runtime::OnnxRuntime => {
                 decoder_graph_as_stored(config, &options, checkpoint)
             }
+            Runtime::OnnxRuntimeCuda => {
+                decoder_graph_with_kernels(config, &options, kernels.clone())
+            }
             Runtime::TensorRt | Runtime::TensorRtPlugin => decoder_graph(config, &options),
         }
     };
@@ -104,6 +123,34 @@ fn graphs(
         graphs.push(("prefill.onnx", graph(MlaForm::Expanded)?));
     }
     Ok(graphs)
+}
+
+/// What the nodes of the converted layers bring: layers are looked at before anything is compiled.
+fn kernels_of(config: &ModelConfig, arch: Arch, progress: Progress) -> Result<LayerKernels, Error> {
+    let layers: Vec<usize> = config
+        .mla
+        .iter()
+        .flat_map(|mla| mla.layers.keys().copied())
+        .collect();
+    for &layer in &layers {
+        layer::describe(config, layer, arch)?;
+    }
+    if layers.is_empty() {
+        // The graph says why there cannot be one.
+        return Ok(LayerKernels::new());
+    }
+    let mut compiler = layer::LayerKernels::open(arch)?;
+    let stage = progress.stage("compiling kernels", layers.len() as u64);
+    layers
+        .into_iter()
+        .map(|layer| {
+            stage.doing(format!("layer {layer}"));
+            let parts = |desc: &_, choice: &_, _: &[u8]| Ok(parts_without_a_gpu(desc, choice));
+            let bytes = compiler.of_layer(config, layer, parts)?;
+            stage.step();
+            Ok((layer, bytes))
+        })
+        .collect()
 }
 
 /// Configuration and tokenizer beside the graphs.

@@ -12,6 +12,7 @@ pub mod export;
 pub mod generate;
 pub mod gradients;
 pub mod kept_gradients;
+pub mod purpose;
 pub mod ranks;
 pub mod refine;
 pub mod refined_layers;

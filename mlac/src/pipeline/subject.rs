@@ -9,6 +9,7 @@ use mlac_engines::tensorrt::{EngineDecoder, is_engine_folder};
 use mlac_model::tokenizer::Tokenizer;
 use mlac_model::{Checkpoint, ModelConfig, Refusal};
 
+use super::purpose::refuse_unless_for_cpu;
 use super::streams::{GraphRunner, HiddenStates, numbers};
 use crate::error::Error;
 
@@ -120,6 +121,7 @@ pub fn open_decoder(folder: &Path, threads: usize) -> Result<Box<dyn Decode>, Er
     if is_engine_folder(folder) {
         return Ok(Box::new(EngineDecoder::open(folder)?));
     }
+    refuse_unless_for_cpu(folder)?;
     let options = SessionOptions::default().with_threads(threads);
     Ok(Box::new(Decoder::open(folder, &options)?))
 }

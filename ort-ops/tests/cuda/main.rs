@@ -20,6 +20,7 @@
 
 #[path = "../../../kernels/tests/common/mod.rs"]
 mod common;
+mod environment;
 mod onnx;
 mod session;
 #[path = "../../../kernels/tests/common/step.rs"]

@@ -1,18 +1,15 @@
 //! A step of the operator through a session of ONNX Runtime.
 
-use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
-
 use half::{bf16, f16};
 use mlac_kernels::config::AttentionConfig;
 use mlac_kernels::problem::{Answer, Problem, bits, from_bits};
 use mlac_kernels::{AttentionDesc, Dtype, Mask};
 use ort::AsPointer;
-use ort::environment::Environment;
 use ort::memory::{AllocationDevice, Allocator, AllocatorType, MemoryInfo, MemoryType};
 use ort::session::Session;
 use ort::value::{DynTensor, PrimitiveTensorElementType, Tensor};
 
+use crate::environment::environment;
 use crate::onnx::{Attribute, model};
 
 pub(crate) struct Step {
@@ -37,27 +34,6 @@ pub(crate) struct Step {
 pub(crate) struct Found {
     pub(crate) answer: Answer,
     pub(crate) cache: Vec<u16>,
-}
-
-fn environment() -> &'static Environment {
-    static ENVIRONMENT: OnceLock<Environment> = OnceLock::new();
-    ENVIRONMENT.get_or_init(|| {
-        let runtime = std::env::var_os("MLAC_RUNTIME_DIR")
-            .filter(|value| !value.is_empty())
-            .map_or_else(
-                || Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/runtime"),
-                PathBuf::from,
-            );
-        let environment = ort::init_from(runtime.join("onnxruntime/libonnxruntime.so"))
-            .unwrap_or_else(|error| {
-                panic!("ONNX Runtime: found {error}, needed libonnxruntime.so, fix: run `cargo xtask setup`")
-            })
-            .with_telemetry(false)
-            .build()
-            .unwrap();
-        environment.set_log_level(ort::logging::LogLevel::Fatal);
-        environment
-    })
 }
 
 /// A type of cached numbers, by its bits.

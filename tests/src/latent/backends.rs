@@ -127,6 +127,7 @@ pub fn graph(problem: &Problem) -> Outcome<ValidGraph> {
         scale: spec.scale,
         sliding_window: spec.window,
         plugin: None,
+        kernels: None,
     };
     let out = b.apply("attention", op, &inputs).map_err(text)?;
     b.output("sums", out[0]);

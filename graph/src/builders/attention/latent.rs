@@ -101,6 +101,7 @@ fn node(
         scale: attention.scale as f32,
         sliding_window: reach.window,
         plugin: (cx.runtime == Runtime::TensorRtPlugin).then_some(present),
+        kernels: cx.kernels.get(&attention.layer).cloned(),
     };
     let required = [query, attention.new_rows, cache, past_lengths];
     let mut inputs: Vec<Option<ValueId>> = required.map(Some).to_vec();

@@ -5,7 +5,7 @@ pub(super) mod latent;
 pub(super) mod mla;
 mod softmax;
 
-use super::context::{Axes, Context};
+use super::context::{Axes, Context, Runtime};
 use crate::{
     error::NodeError,
     ir::{DType, Dim, GraphBuilder, Transform, ValueId, WeightRef},
@@ -95,10 +95,11 @@ pub(super) fn past_inputs(b: &mut GraphBuilder, cx: &Context<'_>, layer: usize) 
     let past = cx.axes.cached(window);
     let batch = cx.axes.batch.clone();
     if let Some(shape) = cx.cfg.mla_layer(layer) {
-        let past = if cx.runtime.has_latent_attention() {
-            Axes::capacity(window)
-        } else {
-            past
+        let past = match cx.runtime {
+            // Kernels have no rings.
+            Runtime::OnnxRuntimeCuda => Axes::capacity(None),
+            runtime if runtime.has_latent_attention() => Axes::capacity(window),
+            _ => past,
         };
         let name = super::past_latent_name(layer);
         return vec![b.input(

@@ -96,6 +96,7 @@ pub(crate) fn infer(op: &Op, inputs: &[Option<Given<'_>>]) -> Result<Vec<Inferre
             scale,
             sliding_window,
             plugin,
+            kernels: _,
         } => latent::latent(*kv_lora_rank, *scale, *sliding_window, *plugin, args),
         Op::Mxfp4Experts {
             swiglu_limit,
