@@ -29,6 +29,7 @@ pub(crate) fn run(workspace: &Workspace, args: &[String]) -> Result<(), TaskErro
             OUT,
         ])
         .args(["--budget", "0.5"])
+        .args(["--form", "ort"])
         .args(["--calib", "target/runtime/text/calibration.txt"])
         .args(["--eval", "target/runtime/text/evaluation.txt"])
         .args(["--target", "sm89,sm120"])
