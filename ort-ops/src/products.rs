@@ -14,6 +14,8 @@ pub(crate) const BLOCK: usize = 48;
 pub(crate) const TILE: usize = 64;
 /// Rows are taken in multiples of this; what is missing is filled with a row that is there.
 pub(crate) const ROW_STEP: usize = 12;
+/// Numbers of a cache line.
+const LINE: usize = 16;
 /// Heads left over after whole vectors, up to which each gets a dot product instead of a lane.
 const DOTS: usize = 4;
 
@@ -232,20 +234,30 @@ unsafe fn lanes<S: Simd, const R: usize, const V: usize>(
     out: &mut [f32],
 ) -> usize {
     let stride = queries.stride;
+    // Where the row of the next block lies when the cache is contiguous; elsewhere the hint is in vain.
+    let ahead = BLOCK * queries.width;
     // SAFETY: as in `all_scores`.
     unsafe {
         let first = queries.by_number.as_ptr().add(lane);
         for (group, rows) in rows.chunks_exact(R).enumerate() {
             let mut acc = [[S::splat(0.0); V]; R];
-            for k in 0..queries.width {
-                let mut q = [S::splat(0.0); V];
-                for (v, q) in q.iter_mut().enumerate() {
-                    *q = S::load(first.add(k * stride + v * S::LANES));
+            for line in (0..queries.width).step_by(LINE) {
+                // Among few heads a row is done sooner than a hint is of use.
+                if lane == 0 && V > 1 {
+                    for row in rows {
+                        S::prefetch(row.wrapping_add(line + ahead).cast());
+                    }
                 }
-                for (acc, row) in acc.iter_mut().zip(rows) {
-                    let x = S::splat(row.add(k).read());
-                    for (acc, q) in acc.iter_mut().zip(q) {
-                        *acc = S::fma(x, q, *acc);
+                for k in line..(line + LINE).min(queries.width) {
+                    let mut q = [S::splat(0.0); V];
+                    for (v, q) in q.iter_mut().enumerate() {
+                        *q = S::load(first.add(k * stride + v * S::LANES));
+                    }
+                    for (acc, row) in acc.iter_mut().zip(rows) {
+                        let x = S::splat(row.add(k).read());
+                        for (acc, q) in acc.iter_mut().zip(q) {
+                            *acc = S::fma(x, q, *acc);
+                        }
                     }
                 }
             }
